@@ -1,0 +1,37 @@
+"""pjax: high-throughput LLM inference in pure JAX. Importing it is cheap; names load what they need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pjax.engine import LLMEngine as LLMEngine
+    from pjax.llm import LLM as LLM
+    from pjax.outputs import CompletionOutput as CompletionOutput
+    from pjax.outputs import Logprob as Logprob
+    from pjax.outputs import RequestOutput as RequestOutput
+    from pjax.params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "pjax.llm",
+    "LLMEngine": "pjax.engine",
+    "SamplingParams": "pjax.params",
+    "RequestOutput": "pjax.outputs",
+    "CompletionOutput": "pjax.outputs",
+    "Logprob": "pjax.outputs",
+}
+
+__all__ = ["LLM", "CompletionOutput", "LLMEngine", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,57 @@
+"""The engine's settings, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pjax.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine, named as in vLLM where vLLM has them. None means: chosen for the model and device."""
+
+    dtype: str = "auto"
+    """Of parameters and activations. auto is the checkpoint's on accelerators and float32 on CPUs."""
+    max_model_len: int | None = None
+    """Most tokens of one sequence, prompt and output together; the model's own limit by default."""
+    max_num_seqs: int = 64
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Most tokens in one step; longer prompts are computed in chunks."""
+    page_size: int = 16
+    """Tokens of one page."""
+    kv_cache_memory: int | None = None
+    """Bytes of the page pool; by default `memory_share` of what the device has left once the weights are on it."""
+    memory_share: float = 0.9
+    """On a CPU, whose memory others use too, a fifth of this."""
+    num_pages: int | None = None
+    """Pages of the pool, instead of its bytes."""
+    seed: int = 0
+    """Requests without a seed of their own take one from this and their number."""
+    scan_layers: bool = False
+    """Run the layers under lax.scan: compiles faster, runs slower."""
+    lazy: bool = False
+    """Compile a step when it is first needed, instead of all of them before the first request."""
+    attention_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
+        if self.page_size not in PAGE_SIZES:
+            raise ConfigError(f"page_size is {self.page_size!r}, but must be one of {', '.join(map(str, PAGE_SIZES))}")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share is {self.memory_share!r}, but must be in (0, 1]")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}, but must be an integer in [0, 2**63)")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be >= max_num_seqs {self.max_num_seqs}")
+        if self.num_pages is not None and self.kv_cache_memory is not None:
+            raise ConfigError(f"num_pages ({self.num_pages}) and kv_cache_memory ({self.kv_cache_memory}) can't both be given")

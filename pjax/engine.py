@@ -1,0 +1,227 @@
+"""The engine: scheduler + runner + text. A step is schedule, execute, commit."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjax.config import EngineConfig
+from pjax.errors import ConfigError, InvalidRequestError
+from pjax.memory import choose_num_pages, describe_pool
+from pjax.models import load_model
+from pjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from pjax.params import SamplingParams
+from pjax.runner import ModelRunner, RunnerConfig, StepResult
+from pjax.scheduler import Request, Scheduler
+from pjax.text.detokenizer import Detokenizer
+from pjax.text.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(eq=False, slots=True)
+class _Sequence:
+    """A request as its caller sees it: its text and log-probabilities so far."""
+
+    request: Request
+    prompt: str | None
+    detokenizer: Detokenizer | None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    text: str = ""
+
+
+class LLMEngine:
+    """Serves requests step by step.
+
+    `add_request` accepts or refuses one at once; each `step` computes tokens for all that run and returns the outputs
+    that changed. Not thread-safe.
+    """
+
+    def __init__(
+        self, model: str | Path, config: EngineConfig | None = None, *, skip_tokenizer_init: bool = False, progress: bool = True
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        platform = jax.default_backend()
+        dtype = _resolve_dtype(config.dtype, platform)
+        self.tokenizer: Tokenizer | None = None
+        loaded = load_model(model, dtype=dtype, scan_layers=config.scan_layers, progress=progress)
+        if not skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(loaded.path)
+        self.model_config = loaded.config
+        self.max_model_len = self._resolve_length(loaded.config.max_position)
+        self._eos = frozenset(loaded.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ())
+        kv_dtype = "float32" if platform == "cpu" else jnp.dtype(loaded.dtype).name
+        num_pages = choose_num_pages(config, loaded.config, kv_dtype, self.max_model_len)
+        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
+        self.scheduler = Scheduler(
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        runner_config = RunnerConfig(
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            kv_cache_dtype=kv_dtype,
+            attention_backend=config.attention_backend,
+        )
+        self.runner = ModelRunner(loaded, runner_config)
+        self._sequences: dict[str, _Sequence] = {}
+        self._numbers = itertools.count()
+        if not config.lazy:
+            self.runner.warmup(progress=progress)
+
+    def _resolve_length(self, limit: int) -> int:
+        wanted = self.config.max_model_len
+        if wanted is not None and wanted > limit:
+            raise ConfigError(f"max_model_len is {wanted}, but the model's own limit is {limit}")
+        return wanted or limit
+
+    # ---- requests
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+        """Queues a prompt (text or token ids) and returns its id.
+
+        Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
+        """
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams")
+        number = next(self._numbers)
+        request_id = str(number) if request_id is None else request_id
+        text = prompt if isinstance(prompt, str) else None
+        ids = self._prompt_ids(prompt, request_id)
+        if params.stops and self.tokenizer is None:
+            raise InvalidRequestError(f"stop strings need a tokenizer, but skip_tokenizer_init is set (request {request_id!r})")
+        self._check_ids(params.stop_token_ids, "stop_token_ids", request_id)
+        room = max(self.max_model_len - len(ids), 0)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, max(room, 1)),
+            stop_token_ids=frozenset(params.stop_token_ids),
+            eos_token_ids=frozenset() if params.ignore_eos else self._eos,
+            seed=params.seed if params.seed is not None else (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+        )
+        detokenizer = Detokenizer(self.tokenizer, ids, params) if self.tokenizer and params.detokenize else None
+        self.scheduler.add(request)
+        self._sequences[request_id] = _Sequence(request, text, detokenizer)
+        return request_id
+
+    def _prompt_ids(self, prompt: Prompt, request_id: str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequestError(f"prompt is text, but skip_tokenizer_init is set: give token ids (request {request_id!r})")
+            return self.tokenizer.encode(prompt)
+        try:
+            ids = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in prompt]
+        except TypeError:
+            raise InvalidRequestError(f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})") from None
+        self._check_ids(ids, "prompt", request_id)
+        return ids
+
+    def _check_ids(self, ids: Sequence[int], name: str, request_id: str) -> None:
+        vocab = self.model_config.vocab_size
+        for index, token in enumerate(ids):
+            if not 0 <= token < vocab:
+                raise InvalidRequestError(f"{name} has token id {token} at {index}, but ids must be in [0, {vocab}) (request {request_id!r})")
+
+    def abort_request(self, request_id: str) -> bool:
+        """Ends a request and frees its pages; False when there is none of that id."""
+        self._sequences.pop(request_id, None)
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting or running."""
+        return self.scheduler.has_work
+
+    # ---- the step
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step and returns the requests that got a token, finished ones included."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
+        now = time.monotonic()
+        changed = self.scheduler.commit(plan, result.tokens, now)
+        places = {id(request): index for index, request in enumerate(plan.requests)}
+        return [self._observe(request, result, places[id(request)], now) for request in changed]
+
+    def _observe(self, request: Request, result: StepResult, index: int, now: float) -> RequestOutput:
+        sequence = self._sequences[request.request_id]
+        if request.params.logprobs is not None:
+            self._add_logprobs(sequence, result, index, request.params.logprobs)
+        if sequence.detokenizer is not None:
+            sequence.text += sequence.detokenizer.append(request.output_token_ids[-1:])
+            if sequence.detokenizer.stop_reason is not None:
+                stop = sequence.detokenizer.stop_reason
+                if request.finish_reason is None:
+                    self.scheduler.finish(request, "stop", stop)
+                else:
+                    request.finish_reason, request.stop_reason = "stop", stop
+            elif request.finish_reason is not None:
+                sequence.text += sequence.detokenizer.finish()
+        if request.finish_reason is not None:
+            request.metrics.finished_time = now
+            del self._sequences[request.request_id]
+        return self._output(sequence)
+
+    def _add_logprobs(self, sequence: _Sequence, result: StepResult, index: int, count: int) -> None:
+        token = int(result.tokens[index])
+        entries = {token: (float(result.logprobs[index]), int(result.ranks[index]))}
+        for rank in range(count):
+            other = int(result.top_tokens[index, rank])
+            entries.setdefault(other, (float(result.top_logprobs[index, rank]), rank + 1))
+        decode = self.tokenizer.decode if self.tokenizer else None
+        sequence.logprobs.append(
+            {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
+        )
+        sequence.cumulative_logprob += entries[token][0]
+
+    def _output(self, sequence: _Sequence) -> RequestOutput:
+        request = sequence.request
+        wants_logprobs = request.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text=sequence.text,
+            token_ids=list(request.output_token_ids),
+            cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(sequence.logprobs) if wants_logprobs else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=sequence.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            finished=request.finish_reason is not None,
+            metrics=request.metrics,
+        )
+
+    def close(self) -> None:
+        """Stops the engine's threads."""
+        self.runner.close()
+
+
+def _resolve_dtype(dtype: str, platform: str) -> str:
+    return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype

@@ -1,0 +1,31 @@
+"""Every error that pjax raises on purpose.
+
+    PjaxError
+    ├── ConfigError            (ValueError)           a setting of the engine is wrong or does not fit
+    ├── InvalidRequestError    (ValueError)           one request is wrong; nobody else is affected
+    ├── CheckpointError        (ValueError)           a checkpoint is missing, damaged or not what its config says
+    └── UnsupportedError       (NotImplementedError)  right, but not supported; the message names what is
+
+Messages carry name, value, bound and place, for example
+`prompt has 5120 tokens, but max_model_len is 4096 (request "7")`.
+"""
+
+
+class PjaxError(Exception):
+    """Base of all errors that pjax raises on purpose."""
+
+
+class ConfigError(PjaxError, ValueError):
+    """A setting of the engine is wrong or does not fit the device."""
+
+
+class InvalidRequestError(PjaxError, ValueError):
+    """One request is wrong. Other requests are not affected."""
+
+
+class CheckpointError(PjaxError, ValueError):
+    """A checkpoint is missing, damaged, or not what its config says."""
+
+
+class UnsupportedError(PjaxError, NotImplementedError):
+    """The request is valid, but pjax does not support it; the message names what is supported."""

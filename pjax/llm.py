@@ -1,0 +1,125 @@
+"""`LLM`: batch generation with vLLM's names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pjax.config import EngineConfig
+from pjax.engine import LLMEngine, Prompt
+from pjax.errors import InvalidRequestError
+from pjax.outputs import RequestOutput
+from pjax.params import SamplingParams
+from pjax.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+      model: a Hugging Face folder, a .gguf file, or a hub id.
+      dtype: "auto", "float32", "bfloat16" or "float16".
+      skip_tokenizer_init: token ids in, token ids out; the checkpoint needs no tokenizer.
+      options: any other field of `pjax.config.EngineConfig` (max_model_len, max_num_seqs, max_num_batched_tokens, seed, …).
+
+    Raises ConfigError, CheckpointError or UnsupportedError, and TypeError for an option that does not exist.
+    """
+
+    def __init__(
+        self, model: str | Path, *, dtype: str = "auto", skip_tokenizer_init: bool = False, progress: bool = True, **options: Any
+    ) -> None:
+        config = EngineConfig(dtype=dtype, **options)
+        self.engine = LLMEngine(model, config, skip_tokenizer_init=skip_tokenizer_init, progress=progress)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; InvalidRequestError when it was skipped."""
+        if self.engine.tokenizer is None:
+            raise InvalidRequestError("there is no tokenizer: skip_tokenizer_init is set")
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given no parameters."""
+        return SamplingParams()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generates for every prompt, in one continuous batch; outputs come in the order of the prompts.
+
+        Args:
+          prompts: text, a list of texts, a list of token ids, or a list of such lists.
+          sampling_params: one for all, or one each.
+
+        Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
+        """
+        listed = _as_list(prompts)
+        params = [sampling_params] * len(listed) if sampling_params is None or isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        if len(params) != len(listed):
+            raise InvalidRequestError(f"there are {len(params)} sampling_params for {len(listed)} prompts")
+        ids: list[str] = []
+        try:
+            for prompt, one in zip(listed, params, strict=True):
+                ids.append(self.engine.add_request(prompt, one))
+        except BaseException:
+            for request_id in ids:
+                self.engine.abort_request(request_id)
+            raise
+        return self._run(ids, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation or a list of them, through the model's chat template."""
+        if not messages:
+            raise InvalidRequestError("messages is empty")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        tokenizer = self.get_tokenizer()
+        prompts = [
+            tokenizer.encode(tokenizer.apply_chat_template(c, add_generation_prompt=add_generation_prompt), add_special_tokens=False)
+            for c in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        num_in = num_out = 0
+        with tqdm(total=len(ids), desc="Generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            try:
+                while self.engine.has_unfinished_requests:
+                    for output in self.engine.step():
+                        if not output.finished:
+                            continue
+                        finished[output.request_id] = output
+                        num_in += len(output.prompt_token_ids)
+                        num_out += len(output.outputs[0].token_ids)
+                        elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"in {num_in / elapsed:.1f} tok/s, out {num_out / elapsed:.1f} tok/s", refresh=False)
+                        bar.update()
+            except BaseException:
+                for request_id in ids:
+                    self.engine.abort_request(request_id)
+                raise
+        return [finished[request_id] for request_id in ids]
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and not isinstance(listed[0], str) and not hasattr(listed[0], "__iter__"):
+        return [listed]  # token ids of one prompt
+    return listed

@@ -1,0 +1,50 @@
+"""How many pages the pool gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from pjax.config import EngineConfig
+from pjax.errors import ConfigError
+from pjax.pallas_kernels.pages import page_bytes
+
+CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
+
+
+def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int) -> int:
+    """Pages of one layer: as asked, or what fits the device, but no more than all sequences at full length can use.
+
+    Raises ConfigError when not even one page fits.
+    """
+    if config.num_pages is not None:
+        return config.num_pages
+    one = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory < one:
+            raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
+        return config.kv_cache_memory // one
+    free = _free_bytes() * config.memory_share
+    useful = -(-max_model_len // config.page_size) * config.max_num_seqs
+    fits = int(free // one)
+    if fits < 1:
+        raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
+    return min(fits, useful)
+
+
+def _free_bytes() -> float:
+    """Device memory that is free once the weights are there."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+    import psutil
+
+    return float(psutil.virtual_memory().available) * CPU_SHARE
+
+
+def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:
+    """One line: what the pool holds."""
+    tokens = num_pages * page_size
+    return f"page pool: {num_pages} pages of {page_size} = {tokens} tokens, {tokens / max_model_len:.1f} requests of {max_model_len} tokens"

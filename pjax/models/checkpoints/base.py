@@ -1,0 +1,56 @@
+"""What every checkpoint reader gives."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pjax.errors import CheckpointError
+
+
+class Checkpoint(ABC):
+    """A checkpoint whose tensors are read one at a time. A context manager: leaving it closes its files."""
+
+    format: str
+    path: Path
+
+    @abstractmethod
+    def hf_config(self) -> dict[str, Any]:
+        """The content of config.json, or the same made from other metadata."""
+
+    @abstractmethod
+    def generation_config(self) -> dict[str, Any]:
+        """The content of generation_config.json; empty when there is none."""
+
+    @abstractmethod
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's name and shape, slowest axis first; reads no data."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in a dtype of numpy or ml_dtypes."""
+
+    def close(self) -> None:
+        """Closes what is open; reading afterwards is an error."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError names the file when it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, but must hold an object")
+    return value

@@ -1,0 +1,118 @@
+"""Reading a Hugging Face config: what is used, what is known to change nothing, and the rest refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pjax.errors import CheckpointError, UnsupportedError
+
+# Keys that describe training, storage or other libraries' run time, and never a forward pass.
+NEUTRAL_KEYS = frozenset(
+    "_name_or_path _attn_implementation architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "finetuning_task hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference "
+    "label2id language model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id problem_type pruned_heads "
+    "quantization return_dict rope_interleaved sep_token_id tie_encoder_decoder torch_dtype torchscript transformers.js_config "
+    "transformers_version use_bfloat16 use_cache vocab_size_is_padded task_specific_params tf_legacy_loss decoder_start_token_id".split()
+)
+
+
+class ConfigReader:
+    """Takes keys from a config and remembers which; `finish` refuses what nobody took."""
+
+    def __init__(self, hf: Mapping[str, Any], family: str) -> None:
+        self._hf = dict(hf)
+        self._family = family
+        self._taken: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The key's value, or the default where the config has none or null."""
+        self._taken.add(key)
+        value = self._hf.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer that is at least `least`; CheckpointError otherwise or when it is missing."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be an integer >= {least}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number; CheckpointError otherwise or when it is missing."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be a number > 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; CheckpointError otherwise."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be true or false")
+        return value
+
+    def only(self, key: str, supported: Iterable[Any], default: Any) -> Any:
+        """A value out of a list; UnsupportedError with the list otherwise."""
+        value, supported = self.get(key, default), list(supported)
+        if value not in supported:
+            raise UnsupportedError(f"{self._family} config: {key} is {value!r}; supported: {', '.join(map(repr, supported))}")
+        return value
+
+    def finish(self) -> None:
+        """Refuses keys that were not taken and are not known to be neutral."""
+        left = sorted(key for key in self._hf if key not in self._taken and key not in NEUTRAL_KEYS and self._hf[key] is not None)
+        if left:
+            fields = ", ".join(f"{key}={self._hf[key]!r}" for key in left)
+            raise UnsupportedError(f"{self._family} config has fields that pjax does not apply: {fields}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: `kind` is one of default, linear, dynamic, llama3, yarn. Names as in transformers."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def read(cls, config: ConfigReader, max_position: int) -> RopeConfig:
+        """From `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
+        theta = config.get("rope_theta")
+        raw = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        config.get("rope_scaling")
+        inner = ConfigReader(raw, "rope scaling")
+        inner_theta = inner.get("rope_theta")
+        theta_reader = ConfigReader({"rope_theta": theta if inner_theta is None else inner_theta}, "rope")
+        kind, old_kind = inner.get("rope_type"), inner.get("type")  # older files say "type"
+        inner_kind = ConfigReader({"rope_type": kind or old_kind}, "rope scaling")
+        kind = inner_kind.only("rope_type", ("default", "linear", "dynamic", "llama3", "yarn"), "default")
+        values: dict[str, Any] = {"kind": kind, "theta": theta_reader.number("rope_theta", 10000.0)}
+        if kind != "default":
+            values["factor"] = inner.number("factor")
+        original = inner.get("original_max_position_embeddings")
+        values["original_max_position"] = int(original or max_position)
+        if kind == "llama3":
+            values["low_freq_factor"] = inner.number("low_freq_factor")
+            values["high_freq_factor"] = inner.number("high_freq_factor")
+        if kind == "yarn":
+            values["beta_fast"] = inner.number("beta_fast", 32.0)
+            values["beta_slow"] = inner.number("beta_slow", 1.0)
+            values["truncate"] = inner.flag("truncate", True)
+            for key in ("attention_factor", "mscale", "mscale_all_dim"):
+                value = inner.get(key)
+                values[key] = None if value is None else float(value)
+        inner.only("partial_rotary_factor", (1, 1.0), 1.0)
+        inner.finish()
+        return cls(**values)

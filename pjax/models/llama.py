@@ -1,0 +1,223 @@
+"""LLaMA (Touvron et al. 2023) and what shares its shape: Llama 2 and 3, TinyLlama, SmolLM2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pjax.errors import CheckpointError
+from pjax.models.attention import PagedContext
+from pjax.models.config import ConfigReader, RopeConfig
+from pjax.models.layers import Embedding, LayerStack, Linear, RMSNorm
+from pjax.models.rope import rotate, rotation
+from pjax.models.weights import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Sizes are named as in docs/shapes.md."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_size: int  # H
+    max_position: int
+    rms_norm_epsilon: float
+    rope: RopeConfig
+    activation: str
+    attention_bias: bool
+    mlp_bias: bool
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+        """From config.json's content. Raises CheckpointError for bad values, UnsupportedError for what is not applied."""
+        config = ConfigReader(hf, "llama")
+        hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        max_position = config.integer("max_position_embeddings", 2048)
+        config.only("pretraining_tp", (1,), 1)
+        made = cls(
+            vocab_size=config.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=config.integer("intermediate_size"),
+            num_layers=config.integer("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=config.integer("num_key_value_heads", num_heads),
+            head_size=config.integer("head_dim", hidden_size // num_heads),
+            max_position=max_position,
+            rms_norm_epsilon=config.number("rms_norm_eps", 1e-6),
+            rope=RopeConfig.read(config, max_position),
+            activation=config.only("hidden_act", ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"), "silu"),
+            attention_bias=config.flag("attention_bias"),
+            mlp_bias=config.flag("mlp_bias"),
+            tied=config.flag("tie_word_embeddings"),
+        )
+        if made.num_heads % made.num_kv_heads:
+            raise CheckpointError(f"llama config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}")
+        if made.head_size % 2:
+            raise CheckpointError(f"llama config: head_dim is {made.head_size}, but must be even")
+        config.finish()
+        return made
+
+
+def _activate(x: jax.Array, name: str) -> jax.Array:
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "relu":
+        return jax.nn.relu(x)
+    return jax.nn.gelu(x, approximate=name != "gelu")
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions; one product makes queries, keys and values."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.config = config
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = Linear(config.hidden_size, heads * config.head_size, bias=config.attention_bias, dtype=dtype)
+        self.out = Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+
+    def __call__(
+        self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [T, D] to ([T, D], pages)."""
+        config = self.config
+        num_q, num_kv = config.num_heads, config.num_kv_heads
+        heads = self.qkv(x).reshape(x.shape[0], num_q + 2 * num_kv, config.head_size)
+        turned = rotate(heads[:, : num_q + num_kv], *rope)
+        q, k, v = turned[:, :num_q], turned[:, num_q:], heads[:, num_q + num_kv :]
+        out, pages = context.attend(pages, q, k, v, layer)
+        return self.out(out.reshape(x.shape[0], num_q * config.head_size)), pages
+
+
+class LlamaMLP(nnx.Module):
+    """down(act(gate(x)) · up(x)); one product makes gate and up (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.activation = config.activation
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, D] to [T, D]."""
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(_activate(gate, self.activation) * up)
+
+
+class LlamaBlock(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
+        self.attention = LlamaAttention(config, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
+        self.mlp = LlamaMLP(config, dtype=dtype)
+
+    def __call__(
+        self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [T, D] to ([T, D], pages)."""
+        attended, pages = self.attention(self.attention_norm(x), pages, layer, context, rope)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), pages
+
+
+class Llama(nnx.Module):
+    """Token ids to hidden states over the page pool, and hidden states to logits."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, scan_layers: bool = False) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, scan=scan_layers)
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+
+    def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
+        """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""
+        rope = rotation(self.config.rope, self.config.head_size, context.positions)
+
+        def block(layer: LlamaBlock, carry: tuple[jax.Array, jax.Array], index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+            return layer(carry[0], carry[1], index, context, rope)
+
+        hidden, pages = self.blocks(block, (self.embed(token_ids), pages))
+        return hidden, pages
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[S, D] to float32 [S, V]."""
+        hidden = self.norm(hidden)
+        if self.head is None:
+            return self.embed.attend(hidden)
+        return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+
+
+def weight_table(config: LlamaConfig) -> dict[str, Weight]:
+    """Each parameter of `Llama` by its path, and the Hugging Face tensors that make it. `{}` is the layer."""
+    hidden, wide, size = config.hidden_size, config.intermediate_size, config.head_size
+    q, kv = config.num_heads * size, config.num_kv_heads * size
+    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+    qkv = ((attention + "q_proj", q), (attention + "k_proj", kv), (attention + "v_proj", kv))
+    gate_up = ((mlp + "gate_proj", wide), (mlp + "up_proj", wide))
+    table = {
+        "embed.table": Weight.plain("model.embed_tokens.weight", (config.vocab_size, hidden)),
+        "blocks.{}.attention_norm.scale": Weight.plain("model.layers.{}.input_layernorm.weight", (hidden,)),
+        "blocks.{}.attention.qkv": Weight.linear(hidden, *qkv, bias=config.attention_bias),
+        "blocks.{}.attention.out": Weight.linear(q, (attention + "o_proj", hidden), bias=config.attention_bias),
+        "blocks.{}.mlp_norm.scale": Weight.plain("model.layers.{}.post_attention_layernorm.weight", (hidden,)),
+        "blocks.{}.mlp.gate_up": Weight.linear(hidden, *gate_up, bias=config.mlp_bias),
+        "blocks.{}.mlp.down": Weight.linear(wide, (mlp + "down_proj", hidden), bias=config.mlp_bias),
+        "norm.scale": Weight.plain("model.norm.weight", (hidden,)),
+    }
+    if not config.tied:
+        table["head"] = Weight.linear(hidden, ("lm_head", config.vocab_size))
+    return table
+
+
+def known_leftovers(config: LlamaConfig) -> tuple[str, ...]:
+    """Regular expressions of tensors that checkpoints carry and the model does not read."""
+    inverse_frequencies = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return (inverse_frequencies, r"lm_head\.weight") if config.tied else (inverse_frequencies,)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens.": "token_embd.",
+    "model.norm.": "output_norm.",
+    "lm_head.": "output.",
+    "model.layers.": "blk.",
+    ".input_layernorm.": ".attn_norm.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+    ".self_attn.q_proj.": ".attn_q.",
+    ".self_attn.k_proj.": ".attn_k.",
+    ".self_attn.v_proj.": ".attn_v.",
+    ".self_attn.o_proj.": ".attn_output.",
+    ".mlp.gate_proj.": ".ffn_gate.",
+    ".mlp.up_proj.": ".ffn_up.",
+    ".mlp.down_proj.": ".ffn_down.",
+}
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a Hugging Face tensor."""
+    for ours, theirs in GGUF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def from_gguf(name: str, array: np.ndarray, config: LlamaConfig) -> np.ndarray:
+    """A tensor read from GGUF in Hugging Face's order: GGUF interleaves the rotary pairs of q and k."""
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return array
+    pairs = array.reshape(heads, config.head_size // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+Config, Model = LlamaConfig, Llama

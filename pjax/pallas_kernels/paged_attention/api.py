@@ -1,0 +1,89 @@
+"""The one door to paged attention: validates, picks a backend, calls it."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.cpu import paged_attention_cpu
+from pjax.pallas_kernels.paged_attention.reference import paged_attention_reference
+
+BACKENDS = {"xla": paged_attention_cpu, "reference": paged_attention_reference}
+BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def paged_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    batch: RaggedBatch,
+    *,
+    num_kv_heads: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logit_softcap: float | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Attention of each packed token over its own sequence's pages.
+
+    Args:
+      q: [T, N, H]: packed queries, float32, bfloat16 or float16.
+      pages: [P, G, 2·K·H]: the page pool (see `pjax.pallas_kernels.pages`); the tokens' own K and V are in it already.
+      batch: who owns which tokens and pages.
+      num_kv_heads: K; divides N.
+      scale: multiplies the logits; H ** -0.5 by default.
+      sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
+      logit_softcap: logits become `c · tanh(logits / c)`.
+      backend: "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND says, else "xla".
+
+    Returns:
+      [T, N, H] in q's dtype. Padding tokens give zeros.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit; the message names the argument, its value and the bound.
+    """
+    _check(q, pages, batch, num_kv_heads, sliding_window, logit_softcap)
+    name = backend or os.environ.get(BACKEND_VARIABLE) or "xla"
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend is {name!r}, but must be one of {', '.join(sorted(BACKENDS))}")
+    return BACKENDS[name](
+        q,
+        pages,
+        batch,
+        num_kv_heads=num_kv_heads,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sliding_window=sliding_window,
+        logit_softcap=logit_softcap,
+    )
+
+
+def _check(
+    q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q has shape {q.shape}, but must be [T, N, H]")
+    if pages.ndim != 3:
+        raise ValueError(f"pages has shape {pages.shape}, but must be [P, G, 2·K·H]")
+    for name, array in (("q", q), ("pages", pages)):
+        if jnp.dtype(array.dtype).name not in DTYPES:
+            raise ValueError(f"{name} has dtype {array.dtype}, but must be one of {', '.join(DTYPES)}")
+    num_heads, head_size = q.shape[1:]
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads is {num_kv_heads}, but must divide the {num_heads} query heads of q")
+    if pages.shape[2] != 2 * num_kv_heads * head_size:
+        raise ValueError(
+            f"pages has rows of {pages.shape[2]}, but must have 2·K·H = {2 * num_kv_heads * head_size} (K {num_kv_heads}, H {head_size})"
+        )
+    rows = batch.kv_lens.shape[0]
+    shapes = {"row_starts": (rows + 1,), "kv_lens": (rows,), "block_tables": (rows, batch.block_tables.shape[-1]), "num_decode": ()}
+    for field, shape in shapes.items():
+        array = getattr(batch, field)
+        if tuple(array.shape) != shape or array.dtype != jnp.int32:
+            raise ValueError(f"batch.{field} is {array.dtype}{list(array.shape)}, but must be int32{list(shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window is {window}, but must be >= 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"logit_softcap is {softcap}, but must be > 0")

@@ -1,0 +1,50 @@
+"""Paged attention as a definition: short, slow, and the truth for every backend."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pjax.pallas_kernels.pages import read_kv
+from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+
+
+def paged_attention_reference(
+    q: jax.Array,
+    pages: jax.Array,
+    batch: RaggedBatch,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """Attention of each packed token over its own sequence's pages, by the definition.
+
+    Query head `n` reads KV head `n // (N / K)`. A token at position `p` attends to positions
+    `max(0, p - sliding_window + 1) .. p`. Computed in float32. See `paged_attention` for arguments.
+
+    Returns [T, N, H]; zero for padding. Source: Kwon et al. 2023, section 4.1, equation 4.
+    """
+    num_tokens, num_heads, head_size = q.shape
+    group = num_heads // num_kv_heads
+    rows = batch.token_rows(num_tokens)
+    positions = batch.token_positions(num_tokens)
+    real = rows < batch.num_rows
+    kv = read_kv(pages, batch.block_tables, num_kv_heads).astype(jnp.float32)  # [S, W·G, K, 2, H]
+    kv_positions = jnp.arange(kv.shape[1], dtype=jnp.int32)
+    kv = jnp.where((kv_positions < batch.kv_lens[:, None])[:, :, None, None, None], kv, 0.0)
+    kv = kv[jnp.minimum(rows, batch.num_rows - 1)]  # [T, W·G, K, 2, H]
+
+    queries = q.reshape(num_tokens, num_kv_heads, group, head_size).astype(jnp.float32)
+    logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, :, 0], precision="highest") * scale
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    seen = kv_positions <= positions[:, None]
+    if sliding_window is not None:
+        seen &= kv_positions > positions[:, None] - sliding_window
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("tkgc,tckh->tkgh", weights, kv[:, :, :, 1], precision="highest")
+    out = jnp.where(real[:, None, None, None], out, 0.0)
+    return out.reshape(num_tokens, num_heads, head_size).astype(q.dtype)

@@ -1,0 +1,54 @@
+"""The page pool's layout. No other file knows it.
+
+One array holds the pages of all layers: `[L·P, G, 2·K·H]`. Page `p` of layer `l` is row `l·P + p`; within a page one
+dense row per token holds, per KV head, its key and then its value. Dense rows keep every head size at its native size
+in memory, on a TPU's tiles too.
+
+Inside a row:   | head 0: K (H) | head 0: V (H) | head 1: K (H) | head 1: V (H) | ...
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int]:
+    """Shape of the pool, `[L·P, G, 2·K·H]`."""
+    return num_layers * num_pages, page_size, 2 * num_kv_heads * head_size
+
+
+def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:
+    """Bytes that one page costs over all layers: `2·L·G·K·H·itemsize`."""
+    return 2 * num_layers * page_size * num_kv_heads * head_size * jnp.dtype(dtype).itemsize
+
+
+def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """The pool with the keys and values of T tokens written at their slots; in place when `pages` is donated.
+
+    Args:
+      pages: [L·P, G, 2·K·H].
+      keys, values: [T, K, H], cast to the pool's dtype.
+      slots: int32 [T]: page · G + offset in the page. A slot past the end of the pool is padding and is not written.
+    """
+    num_tokens, num_kv_heads, head_size = keys.shape
+    rows = jnp.stack([keys, values], axis=2).reshape(num_tokens, 2 * num_kv_heads * head_size).astype(pages.dtype)
+    flat = pages.reshape(-1, pages.shape[-1])
+    return flat.at[slots].set(rows, mode="drop").reshape(pages.shape)
+
+
+def read_kv(pages: jax.Array, page_ids: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Keys and values of whole pages.
+
+    Args:
+      pages: [L·P, G, 2·K·H].
+      page_ids: int32 [..., B]; they must be in range.
+
+    Returns:
+      [..., B·G, K, 2, H]: the key is index 0 of the axis of two, the value index 1.
+    """
+    page_size, width = pages.shape[1:]
+    num_tokens = page_ids.shape[-1] * page_size
+    rows = pages.at[page_ids].get(mode="clip")
+    return rows.reshape(*page_ids.shape[:-1], num_tokens, num_kv_heads, 2, width // (2 * num_kv_heads))

@@ -1,0 +1,96 @@
+"""Sampling parameters: what one request asks for. Every field is applied or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from pjax.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20  # as OpenAI's and vLLM's default bound
+MAX_STOP_STRINGS = 64
+MAX_SEED = 2**63 - 1
+
+
+def _bad(name: str, value: object, bound: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} is {value!r}, but must be {bound}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, with vLLM's names and defaults.
+
+    Raises InvalidRequestError when a value is out of its bounds, and TypeError for a name that pjax does not apply.
+    """
+
+    max_tokens: int | None = 16
+    """Most tokens to generate; None means up to the model's length."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 or -1 means all."""
+    top_p: float = 1.0
+    """Only the smallest set of likeliest tokens whose probabilities reach p; in (0, 1]."""
+    min_p: float = 0.0
+    """Only tokens at least min_p times as likely as the likeliest; in [0, 1]."""
+    seed: int | None = None
+    """A row's draw depends on its seed and position only. None takes one from the engine's seed and request count."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the text; they are cut off unless include_stop_str_in_output."""
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Log-probabilities of the sampled token and of this many likeliest ones, per output token."""
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    stops: tuple[str, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stops", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_numbers()
+        if len(stop) > MAX_STOP_STRINGS:
+            raise _bad("number of stop strings", len(stop), f"at most {MAX_STOP_STRINGS}")
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise _bad("stop", text, "a non-empty string or a list of them")
+        for token in self.stop_token_ids:
+            if not _is_int(token) or token < 0:
+                raise _bad("stop_token_ids", token, "token ids >= 0")
+        if stop and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True")
+        for item in fields(self):
+            if item.type == "bool" and not isinstance(getattr(self, item.name), bool):
+                raise _bad(item.name, getattr(self, item.name), "True or False")
+
+    def _check_numbers(self) -> None:
+        if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
+            raise _bad("max_tokens", self.max_tokens, "an integer >= 1")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise _bad("temperature", self.temperature, "a finite number >= 0")
+        if not _is_int(self.top_k) or self.top_k < -1:
+            raise _bad("top_k", self.top_k, "an integer >= 1, or 0 or -1 for all")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise _bad("top_p", self.top_p, "in (0, 1]")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise _bad("min_p", self.min_p, "in [0, 1]")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed <= MAX_SEED):
+            raise _bad("seed", self.seed, f"an integer in [0, {MAX_SEED}]")
+        if self.logprobs is not None and (not _is_int(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise _bad("logprobs", self.logprobs, f"an integer in [0, {MAX_LOGPROBS}]")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0

@@ -1,0 +1,140 @@
+"""Packs a plan into the padded arrays of a bucket, in numpy, without a loop over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from pjax.pallas_kernels import RaggedBatch
+from pjax.params import SamplingParams
+from pjax.runner.sampler import SamplingArrays
+from pjax.scheduler.plan import StepPlan
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A shape that the step is compiled for."""
+
+    decode_only: bool
+    num_tokens: int  # T
+    num_rows: int  # S
+
+
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
+    """The short list of shapes that serves every plan: powers of two of decode rows, and of packed tokens."""
+
+    def powers(first: int, last: int) -> list[int]:
+        sizes = []
+        while first < last:
+            sizes.append(first)
+            first *= 2
+        return [*sizes, last]
+
+    decode = [Bucket(True, rows, rows) for rows in powers(1, max_num_seqs)]
+    mixed = [Bucket(False, tokens, max_num_seqs) for tokens in powers(min(16, max_num_batched_tokens), max_num_batched_tokens)]
+    return decode + mixed
+
+
+def find_bucket(buckets: list[Bucket], num_tokens: int, num_rows: int, decode_only: bool) -> Bucket:
+    """The smallest bucket that holds a plan."""
+    fits = (b for b in buckets if b.decode_only == decode_only and b.num_tokens >= num_tokens and b.num_rows >= num_rows)
+    return min(fits, key=lambda b: b.num_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInput:
+    """All that a step takes beside parameters and pages."""
+
+    token_ids: jax.Array  # int32 [T]
+    batch: RaggedBatch
+    sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; sampling rows first
+    sample_positions: jax.Array  # int32 [S]: position of the token to be sampled
+    num_samples: jax.Array  # int32 []
+    sampling: SamplingArrays  # in the order of sample_tokens
+
+
+class SamplingTable:
+    """Sampling parameters by table row, written when a request gets a row and gathered at every step."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._owners: list[object | None] = [None] * num_rows
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.seed = np.zeros((num_rows, 2), np.uint32)
+        self.num_logprobs = np.full(num_rows, -1, np.int32)
+
+    def set(self, row: int, owner: object, params: SamplingParams, seed: int) -> None:
+        """Writes a row, unless it is this owner's already."""
+        if self._owners[row] is owner:
+            return
+        self._owners[row] = owner
+        self.temperature[row] = params.temperature
+        self.top_k[row] = min(max(params.top_k, 0), 2**31 - 1)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.seed[row] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
+        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+
+    def gather(self, rows: Ints, size: int) -> SamplingArrays:
+        """The rows' parameters, padded to `size` with greedy rows."""
+        count = len(rows)
+
+        def take(array: npt.NDArray[np.generic], fill: float) -> npt.NDArray[np.generic]:
+            out = np.full((size, *array.shape[1:]), fill, array.dtype)
+            out[:count] = array[rows]
+            return out
+
+        fields = (take(self.temperature, 0), take(self.top_k, 0), take(self.top_p, 1), take(self.min_p, 0), take(self.seed, 0))
+        return SamplingArrays(*fields, take(self.num_logprobs, -1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
+
+
+def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> tuple[StepInput, Ints]:
+    """The plan as a bucket's arrays, and the plan index of each sampled row, in the order of the samples.
+
+    Decode rows are sorted by length, longest first: rows that the CPU's attention serves together then end together.
+
+    Args:
+      tokens: int32 [rows, max_model_len], every row's tokens.
+      block_tables: int32 [rows, W].
+    """
+    order = np.arange(len(plan.rows))
+    order[: plan.num_decode] = np.argsort(-plan.starts[: plan.num_decode], kind="stable")
+    rows, starts, counts, samples = plan.rows[order], plan.starts[order], plan.counts[order], plan.samples[order]
+    num_rows, num_tokens = len(rows), int(counts.sum())
+
+    row_starts = np.full(bucket.num_rows + 1, num_tokens, np.int32)
+    row_starts[0] = 0
+    np.cumsum(counts, out=row_starts[1 : num_rows + 1])
+    kv_lens = np.zeros(bucket.num_rows, np.int32)
+    kv_lens[:num_rows] = starts + counts
+    tables = np.zeros((bucket.num_rows, block_tables.shape[1]), np.int32)
+    tables[:num_rows] = block_tables[rows]
+
+    token_ids = np.zeros(bucket.num_tokens, np.int32)
+    of_row = np.repeat(np.arange(num_rows), counts)
+    positions = np.arange(num_tokens, dtype=np.int32) - row_starts[of_row] + starts[of_row]
+    token_ids[:num_tokens] = tokens[rows[of_row], positions]
+
+    sampled = np.flatnonzero(samples)
+    sample_tokens = np.zeros(bucket.num_rows, np.int32)
+    sample_tokens[: len(sampled)] = row_starts[sampled + 1] - 1
+    sample_positions = np.zeros(bucket.num_rows, np.int32)
+    sample_positions[: len(sampled)] = kv_lens[sampled]
+    batch = RaggedBatch(row_starts, kv_lens, tables, np.int32(plan.num_decode), decode_only=bucket.decode_only)  # type: ignore[arg-type]
+    packed = StepInput(
+        token_ids,  # type: ignore[arg-type]
+        batch,
+        sample_tokens,  # type: ignore[arg-type]
+        sample_positions,  # type: ignore[arg-type]
+        np.int32(len(sampled)),  # type: ignore[arg-type]
+        sampling.gather(rows[sampled], bucket.num_rows),
+    )
+    return packed, order[sampled].astype(np.int32)

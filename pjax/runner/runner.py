@@ -1,0 +1,152 @@
+"""Holds parameters, pages and compiled steps; runs plans on the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from pjax.errors import ConfigError
+from pjax.models import LoadedModel
+from pjax.pallas_kernels.pages import page_bytes, pool_shape
+from pjax.params import MAX_LOGPROBS
+from pjax.runner.batch import Bucket, Ints, SamplingTable, StepInput, find_bucket, make_buckets, pack
+from pjax.runner.sampler import Sampled, SamplingArrays
+from pjax.runner.step import make_step
+from pjax.pallas_kernels import RaggedBatch
+from pjax.scheduler.plan import StepPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """Sizes that the device side needs; all checked by the engine."""
+
+    num_pages: int  # of one layer
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_dtype: str
+    attention_backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """On the host, by plan row: token (-1 where the row sampled none) and, if any row asked, its log-probabilities."""
+
+    tokens: Ints
+    logprobs: npt.NDArray[np.float32]
+    ranks: Ints
+    top_tokens: Ints
+    top_logprobs: npt.NDArray[np.float32]
+
+
+class ModelRunner:
+    """Runs plans on the device. A compiled step exists for each bucket; a missing one is compiled when it is needed.
+
+    `num_compilations` counts them; after `warmup()` it does not change.
+    """
+
+    def __init__(self, model: LoadedModel, config: RunnerConfig) -> None:
+        self.config = config
+        self.buckets = make_buckets(config.max_num_seqs, config.max_num_batched_tokens)
+        self.num_compilations = 0
+        self._params, treedef = jax.tree.flatten(model.params)
+        c = model.config
+        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
+        try:
+            self._pages = jnp.zeros(shape, config.kv_cache_dtype)
+        except (RuntimeError, MemoryError) as error:
+            size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
+            raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
+        self._sampling = SamplingTable(config.max_num_seqs)
+        step = make_step(model.graph, treedef, c.num_layers, min(MAX_LOGPROBS, c.vocab_size), config.attention_backend)
+        self._step = jax.jit(step, donate_argnums=1)
+        self._compiled: dict[Bucket, Any] = {}
+        self._pending: dict[Bucket, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
+
+    def execute(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> StepResult:
+        """Runs one step and waits for its tokens.
+
+        Args:
+          tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables.
+        """
+        for request in plan.requests:
+            self._sampling.set(request.row, request, request.params, request.seed)
+        bucket = find_bucket(self.buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
+        inputs, order = pack(plan, tokens, block_tables, self._sampling, bucket)
+        self._pages, sampled = self._compiled_step(bucket)(self._params, self._pages, inputs)
+        return self._to_host(sampled, order, len(plan.rows))
+
+    def _to_host(self, sampled: Sampled, order: Ints, num_rows: int) -> StepResult:
+        host = jax.device_get(sampled)
+        count = len(order)
+
+        def place(array: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+            out = np.full((num_rows, *array.shape[1:]), fill, array.dtype)
+            out[order] = array[:count]
+            return out
+
+        return StepResult(
+            place(host.tokens, -1), place(host.logprobs, 0), place(host.ranks, 0), place(host.top_tokens, 0), place(host.top_logprobs, 0)
+        )
+
+    def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
+        """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
+        wanted = [bucket for bucket in (self.buckets if buckets is None else buckets) if bucket not in self._compiled]
+        for bucket in wanted:
+            self.prefetch(bucket)
+        for bucket in tqdm(wanted, desc="Compiling steps", unit="bucket", leave=False, disable=None if progress else True):
+            self._compiled_step(bucket)
+
+    def prefetch(self, bucket: Bucket) -> None:
+        """Starts compiling a bucket's step in the background."""
+        if bucket not in self._compiled and bucket not in self._pending:
+            self._pending[bucket] = self._pool.submit(self._compile, bucket)
+
+    def _compiled_step(self, bucket: Bucket) -> Any:
+        if bucket not in self._compiled:
+            self.prefetch(bucket)
+            self._compiled[bucket] = self._pending.pop(bucket).result()
+            self.num_compilations += 1
+        return self._compiled[bucket]
+
+    def _compile(self, bucket: Bucket) -> Any:
+        started = time.perf_counter()
+        compiled = self._step.lower(self._params, self._pages_struct(), self._input_struct(bucket)).compile()
+        log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
+        return compiled
+
+    def _pages_struct(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self._pages.shape, self._pages.dtype)
+
+    def _input_struct(self, bucket: Bucket) -> StepInput:
+        rows = bucket.num_rows
+        width = -(-self.config.max_model_len // self.config.page_size)
+
+        def ints(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        def floats(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, width), ints(), decode_only=bucket.decode_only)
+        seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
+        sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows))
+        return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), sampling)
+
+    def close(self) -> None:
+        """Stops the compiling threads; what they have not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,152 @@
+"""Sampling inside the step, exact and per row.
+
+No sort: the smallest logit that top-k or top-p keeps is found by bisection over the ordered bits of float32, 32 passes
+that vectorise on every backend. One uniform number a row picks the token by the inverse of the cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MASKED = -jnp.inf
+CHUNK = 256  # the inverse cumulative distribution first picks a chunk of this many tokens, then a token of it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingArrays:
+    """Per row; padding rows are greedy."""
+
+    temperature: jax.Array  # float32 [S]; 0 is greedy
+    top_k: jax.Array  # int32 [S]; 0 is off
+    top_p: jax.Array  # float32 [S]; 1 is off
+    min_p: jax.Array  # float32 [S]; 0 is off
+    seed: jax.Array  # uint32 [S, 2]
+    num_logprobs: jax.Array  # int32 [S]; -1: none wanted
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """What a step gives back to the host."""
+
+    tokens: jax.Array  # int32 [S]
+    logprobs: jax.Array  # float32 [S]; 0 where no row wants any
+    ranks: jax.Array  # int32 [S], 1 is the likeliest
+    top_tokens: jax.Array  # int32 [S, max_logprobs]
+    top_logprobs: jax.Array  # float32 [S, max_logprobs]
+
+
+def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, max_logprobs: int) -> Sampled:
+    """A token for each row of float32 logits [S, V].
+
+    Args:
+      positions: int32 [S], the position that the sampled token will have: with the row's seed it decides its draw.
+      max_logprobs: how many of the likeliest tokens to report when any row asks for log-probabilities.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = lax.cond(
+        jnp.any(params.temperature > 0),
+        lambda: jnp.where(params.temperature > 0, _draw(logits, positions, params), greedy),
+        lambda: greedy,
+    )
+    return lax.cond(
+        jnp.any(params.num_logprobs >= 0),
+        lambda: _with_logprobs(logits, tokens, max_logprobs),
+        lambda: _without_logprobs(tokens, max_logprobs),
+    )
+
+
+def _without_logprobs(tokens: jax.Array, count: int) -> Sampled:
+    rows = tokens.shape[0]
+    return Sampled(
+        tokens,
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows,), jnp.int32),
+        jnp.zeros((rows, count), jnp.int32),
+        jnp.zeros((rows, count), jnp.float32),
+    )
+
+
+def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Sampled:
+    """Log-probabilities of the model itself, before temperature and filters, as vLLM and OpenAI report them."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
+    ranks = jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32) + 1
+    top_logprobs, top_tokens = lax.top_k(logprobs, count)
+    return Sampled(tokens, chosen[:, 0], ranks, top_tokens.astype(jnp.int32), top_logprobs)
+
+
+def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
+    temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
+    scaled = filter_logits(logits / temperature[:, None], params)
+    uniform = jax.vmap(_uniform)(params.seed, positions)
+    return pick(jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), uniform)
+
+
+def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+
+
+def filter_logits(logits: jax.Array, params: SamplingArrays) -> jax.Array:
+    """Logits (after temperature) with the tokens that min_p, top_k, then top_p drop set to -inf. Ties are kept."""
+    least = logits.max(axis=-1) + jnp.log(params.min_p)  # log(0) is -inf: off
+    logits = jnp.where(logits >= least[:, None], logits, MASKED)
+    filters = jnp.any((params.top_k > 0) | (params.top_p < 1))
+    return lax.cond(filters, lambda: _top_p(_top_k(logits, params.top_k), params.top_p), lambda: logits)
+
+
+def _top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    kept = jnp.where((top_k > 0) & (top_k < logits.shape[-1]), top_k, logits.shape[-1])
+    least = _largest_threshold(logits, lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32) >= kept)
+    return jnp.where(_ordered_bits(logits) >= least[:, None], logits, MASKED)
+
+
+def _top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    weights = jax.nn.softmax(logits, axis=-1)
+    wanted = jnp.where(top_p < 1, top_p, 0.0)
+    least = _largest_threshold(logits, lambda mask: jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted)
+    return jnp.where((_ordered_bits(logits) >= least[:, None]) | (top_p >= 1)[:, None], logits, MASKED)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """int32 that orders as the float32 does."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _largest_threshold(logits: jax.Array, enough: object) -> jax.Array:
+    """int32 [S]: the largest threshold for which `enough(ordered bits >= threshold)` holds in each row."""
+    assert callable(enough)
+    bits = _ordered_bits(logits)
+    low = jnp.full(logits.shape[:1], jnp.iinfo(jnp.int32).min, jnp.int32)  # always enough
+    high = jnp.full(logits.shape[:1], jnp.iinfo(jnp.int32).max, jnp.int32)  # never enough: above +inf's bits
+
+    def body(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        holds = enough(bits >= middle[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    return lax.fori_loop(0, 32, body, (low, high))[0]
+
+
+def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """int32 [S]: token i with probability weights[i] / sum(weights), from one uniform number in [0, 1) a row."""
+    rows, vocab = weights.shape
+    padded = jnp.pad(weights, ((0, 0), (0, -vocab % CHUNK))).reshape(rows, -1, CHUNK)
+    sums = jnp.cumsum(padded.sum(axis=-1), axis=-1)
+    target = uniform * sums[:, -1]
+    chunk = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1, dtype=jnp.int32), sums.shape[1] - 1)
+    before = jnp.where(chunk > 0, jnp.take_along_axis(sums, jnp.maximum(chunk - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.take_along_axis(padded, chunk[:, None, None], axis=1)[:, 0]
+    running = jnp.cumsum(inside, axis=-1)
+    index = jnp.sum(running <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
+    # Rounding may point past the chunk's last live token; take that one.
+    last = CHUNK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1).astype(jnp.int32)
+    return chunk * CHUNK + jnp.minimum(index, last)

@@ -1,0 +1,52 @@
+"""The one jitted step: tokens in, pages updated, sampled tokens out. Prefill and decode are the same program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from pjax.models.attention import PagedContext
+from pjax.runner.batch import StepInput
+from pjax.runner.sampler import Sampled, sample
+
+LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
+
+
+def make_step(graph: Any, treedef: Any, num_layers: int, max_logprobs: int, backend: str | None) -> Any:
+    """The function `(params, pages, inputs) -> (pages, Sampled)` to be jitted with `pages` donated.
+
+    `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step.
+    """
+
+    def step(params: Sequence[jax.Array], pages: jax.Array, inputs: StepInput) -> tuple[jax.Array, Sampled]:
+        model = nnx.merge(graph, jax.tree.unflatten(treedef, params))
+        context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], num_layers, backend)
+        hidden, pages = model(inputs.token_ids, pages, context)
+        sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs)
+        return pages, sampled
+
+    return step
+
+
+def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: int) -> Sampled:
+    """Logits and samples of the rows that need them: a chunk in the middle of a prompt pays for no head."""
+    num_rows = hidden.shape[0]
+    sizes = [size for size in LOGIT_ROWS if size < num_rows] + [num_rows]
+
+    def branch(size: int) -> Any:
+        def run() -> Sampled:
+            some = jax.tree.map(lambda array: array[:size], inputs.sampling)
+            out = sample(model.logits(hidden[:size]), inputs.sample_positions[:size], some, max_logprobs)
+            return jax.tree.map(lambda array: jnp.pad(array, [(0, num_rows - size), *[(0, 0)] * (array.ndim - 1)]), out)
+
+        return run
+
+    if len(sizes) == 1:
+        return branch(num_rows)()  # type: ignore[no-any-return]
+    which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
+    return lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])  # type: ignore[no-any-return]

@@ -1,0 +1,47 @@
+"""A request as the scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pjax.outputs import RequestMetrics
+from pjax.params import SamplingParams
+
+
+class RequestStatus(Enum):
+    """Waiting has no row and no pages; running has both; finished has neither."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Request:
+    """One sequence: its tokens, how many of them have keys and values, and how it ended."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
+    """Empty when end-of-sequence is ignored."""
+    seed: int
+    metrics: RequestMetrics
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens whose keys and values are in the pages: `[0, num_computed)` of `[0, num_tokens)`."""
+    row: int = -1
+    """Row of the sequence table; -1 when not running."""
+    order: int = -1
+    """Place in the order of arrival; never changes."""
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)

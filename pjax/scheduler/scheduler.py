@@ -1,0 +1,213 @@
+"""Continuous batching. There is no prefill phase and no decode phase.
+
+Each sequence has `num_computed` tokens in the pages and catches up with its `num_tokens`; every step gives it
+`min(budget, num_tokens - num_computed)`. That one rule carries chunked prefill, decode, and recomputation after a
+preemption. Order within a step: rows that need one token, then the rest of the running ones, then waiting ones, each
+first come, first served. When pages run out the youngest running request is preempted. The oldest one is never
+preempted for another, and fits the pool alone, so everything that is admitted ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from pjax.errors import ConfigError, InvalidRequestError
+from pjax.scheduler.kv_manager import KVManager
+from pjax.scheduler.page_pool import PagePool
+from pjax.scheduler.plan import StepPlan
+from pjax.scheduler.request import Request, RequestStatus
+from pjax.scheduler.table import SequenceTable
+
+
+class Scheduler:
+    """Decides every step's rows and owns the page pool's bookkeeping."""
+
+    def __init__(self, *, num_pages: int, page_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        for name, value in (("num_pages", num_pages), ("page_size", page_size), ("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, but must be >= 1")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens is {max_num_batched_tokens}, but must be >= max_num_seqs {max_num_seqs}")
+        self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.pool = PagePool(num_pages)
+        self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
+        self.kv = KVManager(self.pool, self.table, page_size)
+        self._waiting: deque[Request] = deque()  # in the order of arrival
+        self._running: list[Request] = []  # in the order of arrival
+        self._requests: dict[str, Request] = {}  # unfinished
+        self._num_added = 0
+
+    num_waiting = property(lambda self: len(self._waiting), doc="Requests that wait for a row or for pages.")
+    num_running = property(lambda self: len(self._running), doc="Requests that have a row.")
+    has_work = property(lambda self: bool(self._requests), doc="Whether any request is unfinished.")
+
+    # ---- requests
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises InvalidRequestError when it can never fit; then nothing has changed."""
+        num_prompt, where = len(request.prompt_token_ids), f"(request {request.request_id!r})"
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
+        if num_prompt == 0:
+            raise InvalidRequestError(f"prompt is empty, but must have at least 1 token {where}")
+        if num_prompt + 1 > self.max_model_len:
+            raise InvalidRequestError(
+                f"prompt has {num_prompt} tokens, but max_model_len is {self.max_model_len} and must leave room for one more {where}"
+            )
+        # The last token is sampled, never computed: it needs no slot.
+        most = min(num_prompt + request.max_tokens, self.max_model_len) - 1
+        needed = self.kv.num_pages_for(most)
+        if needed > self.pool.num_pages:
+            raise InvalidRequestError(
+                f"prompt and max_tokens need {needed} pages ({num_prompt} + {request.max_tokens} tokens), "
+                f"but the page pool has {self.pool.num_pages} {where}"
+            )
+        request.order = self._num_added
+        self._num_added += 1
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with reason "abort" and frees all it has; False when there is none of that id."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self.finish(request, "abort")
+        return True
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """Ends an unfinished request and frees all it has."""
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._release(request)
+        elif request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+        request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
+        del self._requests[request.request_id]
+
+    def _release(self, request: Request) -> None:
+        self.kv.release(request)
+        self.table.free_row(request.row)
+        request.row = -1
+
+    # ---- a step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. Pages for all its tokens are allocated."""
+        budget = self.max_num_batched_tokens
+        given: dict[Request, int] = {}
+        decode = [r for r in self._running if r.num_tokens - r.num_computed == 1]
+        prefill = [r for r in self._running if r.num_tokens - r.num_computed > 1]
+        preempted = False
+        for request in decode + prefill:
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for an older one in this very step
+            count = min(budget, request.num_tokens - request.num_computed)
+            while request.status is RequestStatus.RUNNING and not self.kv.can_extend(request, request.num_computed + count):
+                victim = self._running[-1]
+                budget += given.pop(victim, 0)
+                self._preempt(victim)
+                preempted = True
+            if request.status is RequestStatus.RUNNING:
+                self.kv.extend(request, request.num_computed + count)
+                given[request] = count
+                budget -= count
+        if not preempted:
+            self._admit(given, budget)
+        return self._plan(given) if given else None
+
+    def _admit(self, given: dict[Request, int], budget: int) -> None:
+        while self._waiting and budget > 0 and self.table.num_free_rows:
+            request = self._waiting[0]
+            # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted.
+            most = min(request.num_tokens + 1, self.max_model_len)
+            if not self.pool.can_allocate(self._pages_promised() + self.kv.num_pages_for(most)) and self._running:
+                break
+            self._waiting.popleft()
+            request.row = self.table.allocate_row()
+            request.status = RequestStatus.RUNNING
+            self._running.append(request)
+            num_prompt = len(request.prompt_token_ids)
+            self.table.tokens[request.row, :num_prompt] = request.prompt_token_ids
+            self.table.tokens[request.row, num_prompt : request.num_tokens] = request.output_token_ids
+            count = min(budget, request.num_tokens)
+            self.kv.extend(request, count)
+            given[request] = count
+            budget -= count
+
+    def _pages_promised(self) -> int:
+        """Pages that running prompts, admitted whole, have still to take."""
+        short = (r for r in self._running if r.num_tokens - r.num_computed > 1)
+        return sum(max(self.kv.num_pages_for(r.num_tokens) - len(self.kv.pages_of(r)), 0) for r in short)
+
+    def _preempt(self, request: Request) -> None:
+        """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5)."""
+        self._running.remove(request)
+        self._release(request)
+        request.status, request.num_computed = RequestStatus.WAITING, 0
+        request.metrics.num_preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _plan(self, given: dict[Request, int]) -> StepPlan:
+        requests = sorted(given, key=lambda request: (given[request] > 1, request.order))
+        counts = np.array([given[r] for r in requests], np.int32)
+        starts = np.array([r.num_computed for r in requests], np.int32)
+        totals = np.array([r.num_tokens for r in requests], np.int32)
+        rows = np.array([r.row for r in requests], np.int32)
+        return StepPlan(requests, rows, starts, counts, starts + counts == totals, int((counts == 1).sum()))
+
+    def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float) -> list[Request]:
+        """Takes a step's result: advances every row, appends the sampled tokens, ends what is done.
+
+        Args:
+          sampled: a token for each row of the plan; read only where `plan.samples`.
+          now: seconds of `time.monotonic()`.
+
+        Returns the requests that got a token. Rows aborted since the plan was made are skipped.
+        """
+        changed = []
+        tokens = [int(token) for token in sampled]
+        for request, count, samples, token in zip(plan.requests, plan.counts.tolist(), plan.samples.tolist(), tokens, strict=True):
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            request.num_computed += count
+            metrics = request.metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+            if not samples:
+                continue
+            if request.num_tokens < self.max_model_len:
+                self.table.tokens[request.row, request.num_tokens] = token
+            request.output_token_ids.append(token)
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            changed.append(request)
+            self._stop(request, token)
+        return changed
+
+    def _stop(self, request: Request, token: int) -> None:
+        if token in request.eos_token_ids:
+            self.finish(request, "stop")
+        elif token in request.stop_token_ids:
+            self.finish(request, "stop", token)
+        elif len(request.output_token_ids) >= request.max_tokens or request.num_tokens >= self.max_model_len:
+            self.finish(request, "length")
+
+    def check(self) -> None:
+        """Proves the invariants; AssertionError with what breaks them."""
+        self.kv.check(self._running)
+        rows = [request.row for request in self._running]
+        assert len(set(rows)) == len(rows) and len(rows) + self.table.num_free_rows == len(self.table.tokens), f"rows {rows}"
+        for queue, status in ((self._waiting, RequestStatus.WAITING), (self._running, RequestStatus.RUNNING)):
+            orders = [request.order for request in queue]
+            assert orders == sorted(orders), f"{status.value} requests are out of order: {orders}"
+            assert all(request.status is status for request in queue)
+        for request in self._running:
+            assert request.num_computed < request.num_tokens, f"request {request.request_id!r} has nothing to compute"
+        assert len(self._waiting) + len(self._running) == len(self._requests)

@@ -1,0 +1,33 @@
+"""The running sequences as numpy arrays by row, so that a step is packed without a loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SequenceTable:
+    """`tokens` int32 [rows, max_model_len] and `block_tables` int32 [rows, W], W = ceil(max_model_len / page_size).
+
+    The scheduler and the KV manager write them; the runner reads the rows and columns that a plan names.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+        self.tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len), np.int32)
+        self.block_tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows that no sequence has."""
+        return len(self._free)
+
+    def allocate_row(self) -> int:
+        """The lowest row freed last; IndexError when there is none."""
+        return self._free.pop()
+
+    def free_row(self, row: int) -> None:
+        """Gives a row back."""
+        if row in self._free:
+            raise ValueError(f"row {row} is free already")
+        self._free.append(row)
