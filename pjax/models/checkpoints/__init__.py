@@ -1,4 +1,4 @@
-"""Checkpoint readers: one file a format, each gives (name, array) one tensor at a time."""
+"""Checkpoint readers, one module a format; each reads one tensor at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from pjax.errors import CheckpointError
 from pjax.models.checkpoints.base import Checkpoint
 
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model")
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' folders; a second copy of the weights in Mistral's own layout
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -30,13 +31,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def download(hub_id: str) -> Path:
-    """The local folder of a model of the Hugging Face hub; only files that pjax reads are fetched."""
+    """The local folder of a model of the Hugging Face hub; only files that pjax reads are fetched.
+
+    Raises CheckpointError when `hub_id` is no owner/name, or the download fails and no copy is cached.
+    """
     if hub_id.startswith((".", "/", "~")) or hub_id.endswith(".gguf") or hub_id.count("/") != 1:
         raise CheckpointError(f"model {hub_id} does not exist; give a folder, a .gguf file or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+    except Exception as error:  # the hub client lets errors of its HTTP library through, which is not the same in all versions
         raise CheckpointError(f"model {hub_id} is neither a local path nor can it be downloaded from the hub: {error}") from error

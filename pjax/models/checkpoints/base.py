@@ -14,7 +14,12 @@ from pjax.errors import CheckpointError
 
 
 class Checkpoint(ABC):
-    """A checkpoint whose tensors are read one at a time. A context manager: leaving it closes its files."""
+    """A checkpoint whose tensors are read one at a time. A context manager: leaving it closes its files.
+
+    Attributes:
+      format: "safetensors" or "gguf".
+      path: the folder or file.
+    """
 
     format: str
     path: Path
@@ -33,10 +38,13 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in a dtype of numpy or ml_dtypes."""
+        """One tensor of the shape that `names` says, in a dtype of numpy or ml_dtypes.
+
+        Raises CheckpointError when there is no such tensor, UnsupportedError when its type is not supported.
+        """
 
     def close(self) -> None:
-        """Closes what is open; reading afterwards is an error."""
+        """Closes what is open; nothing can be read afterwards. Arrays that were read stay valid."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -49,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError names the file when it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, but must hold an object")
