@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from pjax.errors import ConfigError
 from pjax.models import LoadedModel
+from pjax.pallas_kernels import RaggedBatch
 from pjax.pallas_kernels.pages import page_bytes, pool_shape
 from pjax.params import MAX_LOGPROBS
 from pjax.runner.batch import Bucket, Ints, SamplingTable, StepInput, find_bucket, make_buckets, pack
 from pjax.runner.sampler import Sampled, SamplingArrays
 from pjax.runner.step import make_step
-from pjax.pallas_kernels import RaggedBatch
 from pjax.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
