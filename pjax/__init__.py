@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pjax.engine import LLMEngine as LLMEngine
+    from pjax.errors import CheckpointError as CheckpointError
+    from pjax.errors import ConfigError as ConfigError
+    from pjax.errors import InvalidRequestError as InvalidRequestError
+    from pjax.errors import PjaxError as PjaxError
+    from pjax.errors import UnsupportedError as UnsupportedError
     from pjax.llm import LLM as LLM
     from pjax.outputs import CompletionOutput as CompletionOutput
     from pjax.outputs import Logprob as Logprob
@@ -22,9 +27,27 @@ _HOME = {
     "RequestOutput": "pjax.outputs",
     "CompletionOutput": "pjax.outputs",
     "Logprob": "pjax.outputs",
+    "PjaxError": "pjax.errors",
+    "ConfigError": "pjax.errors",
+    "InvalidRequestError": "pjax.errors",
+    "CheckpointError": "pjax.errors",
+    "UnsupportedError": "pjax.errors",
 }
 
-__all__ = ["LLM", "CompletionOutput", "LLMEngine", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "InvalidRequestError",
+    "LLMEngine",
+    "Logprob",
+    "PjaxError",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

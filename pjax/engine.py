@@ -133,7 +133,9 @@ class LLMEngine:
         try:
             ids = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in prompt]
         except TypeError:
-            raise InvalidRequestError(f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})") from None
+            raise InvalidRequestError(
+                f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})"
+            ) from None
         self._check_ids(ids, "prompt", request_id)
         return ids
 
@@ -141,7 +143,9 @@ class LLMEngine:
         vocab = self.model_config.vocab_size
         for index, token in enumerate(ids):
             if not 0 <= token < vocab:
-                raise InvalidRequestError(f"{name} has token id {token} at {index}, but ids must be in [0, {vocab}) (request {request_id!r})")
+                raise InvalidRequestError(
+                    f"{name} has token id {token} at {index}, but ids must be in [0, {vocab}) (request {request_id!r})"
+                )
 
     def abort_request(self, request_id: str) -> bool:
         """Ends a request and frees its pages; False when there is none of that id."""

@@ -62,7 +62,11 @@ class LLM:
         Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
         """
         listed = _as_list(prompts)
-        params = [sampling_params] * len(listed) if sampling_params is None or isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        params = (
+            [sampling_params] * len(listed)
+            if sampling_params is None or isinstance(sampling_params, SamplingParams)
+            else list(sampling_params)
+        )
         if len(params) != len(listed):
             raise InvalidRequestError(f"there are {len(params)} sampling_params for {len(listed)} prompts")
         ids: list[str] = []

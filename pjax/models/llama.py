@@ -62,7 +62,9 @@ class LlamaConfig:
             tied=config.flag("tie_word_embeddings"),
         )
         if made.num_heads % made.num_kv_heads:
-            raise CheckpointError(f"llama config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}")
+            raise CheckpointError(
+                f"llama config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}"
+            )
         if made.head_size % 2:
             raise CheckpointError(f"llama config: head_dim is {made.head_size}, but must be even")
         config.finish()

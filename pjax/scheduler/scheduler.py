@@ -26,7 +26,12 @@ class Scheduler:
     """Decides every step's rows and owns the page pool's bookkeeping."""
 
     def __init__(self, *, num_pages: int, page_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size), ("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
+        for name, value in (
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+            ("max_model_len", max_model_len),
+            ("max_num_seqs", max_num_seqs),
+        ):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, but must be >= 1")
         if max_num_batched_tokens < max_num_seqs:

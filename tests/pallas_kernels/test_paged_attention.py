@@ -133,4 +133,6 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="q has dtype int32"):
         paged_attention(q.astype(jnp.int32), pool, batch, num_kv_heads=2)
     with pytest.raises(ValueError, match=r"batch.kv_lens is int16"):
-        paged_attention(q, pool, RaggedBatch(batch.row_starts, batch.kv_lens.astype(jnp.int16), batch.block_tables, batch.num_decode), num_kv_heads=2)
+        paged_attention(
+            q, pool, RaggedBatch(batch.row_starts, batch.kv_lens.astype(jnp.int16), batch.block_tables, batch.num_decode), num_kv_heads=2
+        )

