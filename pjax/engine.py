@@ -22,7 +22,8 @@ from pjax.params import SamplingParams
 from pjax.runner import ModelRunner, RunnerConfig, StepResult
 from pjax.scheduler import Request, Scheduler
 from pjax.text.detokenizer import Detokenizer
-from pjax.text.tokenizer import Tokenizer, load_tokenizer
+from pjax.text.loading import load_tokenizer
+from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

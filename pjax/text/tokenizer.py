@@ -79,13 +79,8 @@ def _environment() -> Any:
     return environment
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or a .gguf file. CheckpointError when there is none or it is damaged."""
-    path = Path(path)
-    if path.is_file():
-        from pjax.text.gguf_tokenizer import load_gguf_tokenizer
-
-        return load_gguf_tokenizer(path)
+def load_folder_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder. CheckpointError when there is none or it is damaged."""
     if not (path / "tokenizer.json").is_file():
         return _convert_slow(path)
     try:

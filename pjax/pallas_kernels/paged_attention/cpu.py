@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjax.pallas_kernels.pages import read_kv
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.pages import read_kv
 
 DECODE_GROUP = 8  # rows that one iteration serves
 DECODE_BLOCK = 64  # tokens of KV that one iteration reads for each row
