@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
@@ -17,101 +19,172 @@ from pjax.text.tokenizer import Tokenizer
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# Token types of the format's specification.
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+# Values of tokenizer.ggml.pre. Words are split by GPT-2's pattern unless another one is named.
+GPT2_KINDS = ("default", "gpt-2", "gpt2")
+DIGIT_KINDS = ("smollm", "starcoder", "refact")  # GPT-2's pattern, after every digit was set apart
+LLAMA3_KINDS = ("llama-bpe", "llama3", "llama-v3")
+QWEN2_KINDS = ("qwen2", "deepseek-r1-qwen")
 
-
-def _splitters(kind: str) -> list[Any]:
-    """Pre-tokenizers of `tokenizer.ggml.pre` that run before the byte-level one."""
-    if kind in ("gpt-2", "gpt2", "default"):
-        return []
-    if kind == "smollm":
-        return [pre_tokenizers.Digits(individual_digits=True)]
-    patterns = {"llama-bpe": LLAMA3_PATTERN, "llama3": LLAMA3_PATTERN, "llama-v3": LLAMA3_PATTERN, "qwen2": QWEN2_PATTERN}
-    if kind not in patterns:
-        known = ", ".join(["default", "gpt-2", "smollm", *patterns])
-        raise UnsupportedError(f"tokenizer.ggml.pre is {kind!r}; supported: {known}")
-    return [pre_tokenizers.Split(Regex(patterns[kind]), "isolated")]
+# Token types, and types of metadata values, of the format's specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
 
 
 class _Metadata:
-    """The `tokenizer.*` fields of a GGUF file."""
+    """The `tokenizer.*` fields of a GGUF file, read in one pass: GGUFReader makes an array object for every string.
+
+    Raises CheckpointError when the file is damaged or truncated.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fields: dict[str, Any] = {}
         try:
-            self._fields = GGUFReader(path).fields
-        except Exception as error:  # the reader indexes past the end of truncated files in many ways
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self._read(data)
+        except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged or truncated: {error!r}") from error
 
+    def _read(self, data: mmap.mmap) -> None:
+        magic, version, _, count = struct.unpack_from("<4sIQQ", data, 0)
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"begins with {magic!r} and version {version}, but must be b'GGUF', little-endian, and 2 or 3")
+        at = 24
+        for _ in range(count):
+            (key,), at = _strings(data, at, 1)
+            (kind,) = struct.unpack_from("<I", data, at)
+            value, at = _value(data, at + 4, kind)
+            if key.startswith("tokenizer."):
+                self._fields[key.removeprefix("tokenizer.")] = value
+
     def get(self, key: str, default: Any = None) -> Any:
-        field = self._fields.get(f"tokenizer.{key}")
-        return default if field is None else field.contents()
+        return self._fields.get(key, default)
 
-    def strings(self, key: str) -> list[str]:
-        field = self._fields.get(f"tokenizer.{key}")
-        if field is None:
-            raise CheckpointError(f"{self.path} has no metadata field tokenizer.{key}")
-        return [bytes(field.parts[index]).decode("utf-8") for index in field.data]
+    def array(self, key: str) -> list[Any]:
+        value = self._fields.get(key)
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.path}: metadata field tokenizer.{key} is {value!r:.40}, but must be an array")
+        return value
 
-    def numbers(self, key: str, count: int, default: float) -> list[Any]:
-        field = self._fields.get(f"tokenizer.{key}")
-        if field is None:
-            return [default] * count
-        return list(np.concatenate([field.parts[index] for index in field.data]).tolist())
+    def of_tokens(self, key: str, count: int, default: float) -> list[Any]:
+        """An array with one entry for every token, or the default where the file has none."""
+        values = self.array(key) if key in self._fields else [default] * count
+        if len(values) != count:
+            raise CheckpointError(f"{self.path}: tokenizer.{key} has {len(values)} entries, but there are {count} tokens")
+        return values
+
+    def token_id(self, key: str, tokens: Sequence[str], default: int | None = None) -> int | None:
+        """A token's id, or None where the file and its model name none."""
+        index = self.get(key, default)
+        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
+            raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be in [0, {len(tokens)})")
+        return index
+
+
+def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+    """One metadata value and where the next thing begins."""
+    if kind == STRING:
+        values, at = _strings(data, at, 1)
+        return values[0], at
+    if kind == ARRAY:
+        kind, count = struct.unpack_from("<IQ", data, at)
+        if kind == STRING:
+            return _strings(data, at + 12, count)
+        if kind == ARRAY:
+            at, inner = at + 12, []
+            for _ in range(count):
+                value, at = _value(data, at, ARRAY)
+                inner.append(value)
+            return inner, at
+        return _numbers(data, at + 12, kind, count)
+    values, at = _numbers(data, at, kind, 1)
+    return values[0], at
+
+
+def _numbers(data: mmap.mmap, at: int, kind: int, count: int) -> tuple[list[Any], int]:
+    dtype = np.dtype(NUMBERS[kind])
+    end = at + count * dtype.itemsize
+    if end > len(data):
+        raise ValueError(f"values at byte {at} end at byte {end}, but the file has {len(data)}")
+    return np.frombuffer(data[at:end], dtype).tolist(), end
+
+
+def _strings(data: mmap.mmap, at: int, count: int) -> tuple[list[str], int]:
+    size_at, values = struct.Struct("<Q").unpack_from, []
+    for _ in range(count):
+        start = at + 8
+        at = start + size_at(data, at)[0]
+        if at > len(data):
+            raise ValueError(f"the string at byte {start} ends at byte {at}, but the file has {len(data)}")
+        values.append(data[start:at].decode("utf-8"))
+    return values, at
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that a .gguf file carries. CheckpointError or UnsupportedError name what is missing or not supported."""
+    """The tokenizer that a .gguf file carries.
+
+    Raises CheckpointError when a field is missing or damaged, UnsupportedError when the kind of tokenizer is not supported.
+    """
     metadata = _Metadata(path)
     model = metadata.get("ggml.model")
-    tokens = metadata.strings("ggml.tokens")
-    types = metadata.numbers("ggml.token_type", len(tokens), 1)
-    if model == "gpt2":
-        backend = _byte_level(metadata, tokens)
-    elif model == "llama":
-        backend = _sentencepiece(metadata, tokens)
-    else:
+    if model not in ("gpt2", "llama"):
         raise UnsupportedError(f"{path}: tokenizer.ggml.model is {model!r}; supported: gpt2, llama")
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL)]
+    is_llama = model == "llama"
+    tokens = metadata.array("ggml.tokens")
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if is_llama and len(tokens) > 2 else {}  # llama.cpp's
+    ids = {
+        key: metadata.token_id(f"ggml.{key}_token_id", tokens, defaults.get(key))
+        for key in ("bos", "eos", "unknown", "padding", "eot", "eom")
+    }
+    try:
+        backend = _sentencepiece(metadata, tokens, ids["unknown"]) if is_llama else _byte_level(metadata, tokens)
+    except (CheckpointError, UnsupportedError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exception, for example when a merge names no token
+        raise CheckpointError(f"{path}: its tokens and merges do not fit together: {error}") from error
+    types = metadata.of_tokens("ggml.token_type", len(tokens), NORMAL)
+    borders = {index for index in (ids["bos"], ids["eos"]) if index is not None}
+    special = [t for i, (t, kind) in enumerate(zip(tokens, types)) if kind in (UNKNOWN, CONTROL) or i in borders]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    defined = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
-    backend.add_tokens([AddedToken(t, normalized=False) for t in defined])
-    names = {}
-    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        index = metadata.get(f"ggml.{key}_token_id")
-        if index is not None and 0 <= index < len(tokens):
-            names[name] = tokens[index]
-    _add_borders(backend, metadata, names, add_bos=model == "llama")
-    eos = [metadata.get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    return Tokenizer(
-        backend,
-        special_tokens=names,
-        eos_token_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
-        chat_template=metadata.get("chat_template"),
-    )
+    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types) if kind == USER_DEFINED])
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    names = {name: tokens[index] for name, key in keys.items() if (index := ids[key]) is not None}
+    begins = metadata.get("ggml.add_bos_token", is_llama or metadata.get("ggml.pre") in LLAMA3_KINDS)  # llama.cpp's defaults
+    _add_borders(backend, names, bos=bool(begins), eos=bool(metadata.get("ggml.add_eos_token", False)))
+    ends = [index for key in ("eos", "eot", "eom") if (index := ids[key]) is not None]
+    template = metadata.get("chat_template")
+    return Tokenizer(backend, special_tokens=names, eos_token_ids=tuple(dict.fromkeys(ends)), chat_template=template)
 
 
 def _byte_level(metadata: _Metadata, tokens: list[str]) -> Backend:
     """GPT-2's byte-level BPE, after the splits that the checkpoint names."""
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.strings("ggml.merges")]
-    backend = Backend(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=_ignores_merges(metadata)))
-    splitters = _splitters(metadata.get("ggml.pre", "default"))
-    splits_words = any(isinstance(s, pre_tokenizers.Split) for s in splitters)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=bool(metadata.get("ggml.add_space_prefix", False)), use_regex=not splits_words)
+    kind = metadata.get("ggml.pre", "default")
+    splitters: list[Any] = []
+    if kind in DIGIT_KINDS:
+        splitters = [pre_tokenizers.Digits(individual_digits=True)]
+    elif kind in (*LLAMA3_KINDS, *QWEN2_KINDS):
+        pattern = LLAMA3_PATTERN if kind in LLAMA3_KINDS else QWEN2_PATTERN
+        splitters = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    elif kind not in GPT2_KINDS:
+        known = ", ".join((*GPT2_KINDS, *DIGIT_KINDS, *LLAMA3_KINDS, *QWEN2_KINDS))
+        raise UnsupportedError(f"{metadata.path}: tokenizer.ggml.pre is {kind!r}; supported: {known}")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.array("ggml.merges")]
+    # Llama 3's tokenizer takes a word that is itself a token without merging.
+    backend = Backend(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=kind in LLAMA3_KINDS))
+    if kind in QWEN2_KINDS:
+        backend.normalizer = normalizers.NFC()
+    uses_gpt2_pattern = kind in (*GPT2_KINDS, *DIGIT_KINDS)
+    prefix = bool(metadata.get("ggml.add_space_prefix", False))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=uses_gpt2_pattern)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splitters, level])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _ignores_merges(metadata: _Metadata) -> bool:
-    """Llama 3's tokenizer takes a word that is itself a token without merging."""
-    return metadata.get("ggml.pre") in ("llama-bpe", "llama3", "llama-v3")
-
-
-def _sentencepiece(metadata: _Metadata, tokens: list[str]) -> Backend:
+def _sentencepiece(metadata: _Metadata, tokens: list[str], unknown: int | None) -> Backend:
     """SentencePiece BPE with byte fallback: merges are the token pairs that make a token, the best scored first."""
-    scores = metadata.numbers("ggml.scores", len(tokens), 0.0)
+    scores = metadata.of_tokens("ggml.scores", len(tokens), 0.0)
     ranks = {token: i for i, token in enumerate(tokens)}
     merges: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, score in zip(tokens, scores, strict=True):
@@ -120,9 +193,8 @@ def _sentencepiece(metadata: _Metadata, tokens: list[str]) -> Backend:
             if left in ranks and right in ranks:
                 merges.append((-score, ranks[left], ranks[right], (left, right)))
     merges.sort(key=lambda merge: merge[:3])
-    unknown = metadata.get("ggml.unknown_token_id", 0)
-    model = BPE(vocab=ranks, merges=[m[3] for m in merges], unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
-    backend = Backend(model)
+    unk = None if unknown is None else tokens[unknown]
+    backend = Backend(BPE(vocab=ranks, merges=[m[3] for m in merges], unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = bool(metadata.get("ggml.add_space_prefix", True))
     steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -131,14 +203,13 @@ def _sentencepiece(metadata: _Metadata, tokens: list[str]) -> Backend:
     return backend
 
 
-def _add_borders(backend: Backend, metadata: _Metadata, names: dict[str, str], *, add_bos: bool) -> None:
-    """Begin and end tokens, where the flags (or llama.cpp's defaults for the model) ask for them."""
-    single = "$A"
-    used = []
-    for name, flag, default in (("bos_token", "ggml.add_bos_token", add_bos), ("eos_token", "ggml.add_eos_token", False)):
-        if metadata.get(flag, default) and name in names:
-            token = names[name]
-            single = f"{token}:0 {single}" if name == "bos_token" else f"{single} {token}:0"
-            used.append((token, backend.token_to_id(token)))
-    if used:
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=used)
+def _add_borders(backend: Backend, special_tokens: Mapping[str, str], *, bos: bool, eos: bool) -> None:
+    """Lets `encode` put the begin token before a text and the end token after it, where asked for and known."""
+    single, used = "$A:0", []
+    for wanted, name, form in ((bos, "bos_token", "{0}:0 {1}"), (eos, "eos_token", "{1} {0}:0")):
+        token = special_tokens.get(name)
+        index = None if token is None else backend.token_to_id(token)
+        if wanted and index is not None:
+            single = form.format(token, single)
+            used.append((token, index))
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,33 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Ids are in [0, vocab_size)."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        return max(int(self.backend.get_vocab_size(with_added_tokens=True)), 1 + max(self.special_ids, default=-1))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a sequence; None when the checkpoint names none."""
+        token = self.special_tokens.get("bos_token")
+        return None if token is None else self.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it (`Ġthe`, `<0x0A>`); None when there is no such id."""
+        token = self.backend.id_to_token(token_id)
+        return None if token is None else str(token)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token spelt as in the vocabulary; None when there is none."""
+        token_id = self.backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; with begin- and end-of-sequence tokens where the checkpoint says so."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids; with begin- and end-of-sequence tokens where the checkpoint says so.
+
+        Special tokens that the text spells out become their ids. Raises InvalidRequestError when it is no Unicode text.
+        """
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (UnicodeError, TypeError) as error:  # lone surrogates, or not a str
+            raise InvalidRequestError(f"prompt is {text!r:.80}, but must be a str that UTF-8 can encode: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
@@ -50,33 +73,41 @@ class Tokenizer:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(f"message {index} is {message!r}, but must be a mapping with a role")
-        from jinja2.exceptions import TemplateError
-
+        names = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            template = _environment().from_string(self.chat_template)
-            names = self.special_tokens | variables
-            return str(template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names))
-        except TemplateError as error:
+            return str(_compiled(self.chat_template).render(names))
+        except Exception as error:  # the template is code: given a message that it does not expect, it raises anything
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
 
 
-def _environment() -> Any:
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
     """Templates come with checkpoints: they run in jinja2's sandbox, with the helpers that transformers gives them."""
     from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}…{% endgeneration %}` marks the model's words for training; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    return environment.from_string(template)
 
 
 def load_folder_tokenizer(path: Path) -> Tokenizer:
@@ -93,13 +124,17 @@ def load_folder_tokenizer(path: Path) -> Tokenizer:
 
 
 def _with_settings(path: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
+    # Begin and end tokens are the post-processor's: like transformers 5, add_bos_token and add_eos_token of
+    # tokenizer_config.json count only where there is no tokenizer.json, and then transformers has applied them.
     settings = _json(path / "tokenizer_config.json")
     special: dict[str, str] = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = settings.get(key)
+    for key, value in (_json(path / "special_tokens_map.json") | settings).items():
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
+        if key.endswith("_token") and isinstance(value, str):
             special[key] = value
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {token for token in special.values() if token not in added and backend.token_to_id(token) is not None}
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in sorted(known)])
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return Tokenizer(
         backend,

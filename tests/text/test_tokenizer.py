@@ -1,0 +1,359 @@
+"""Tokenizers against what is known of the demo model, against transformers, and against damaged files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from pjax.errors import CheckpointError, InvalidRequestError, UnsupportedError
+from pjax.text.gguf_tokenizer import load_gguf_tokenizer
+from pjax.text.loading import load_tokenizer
+from pjax.text.tokenizer import Tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "it's 2024; they'll've   spaced\n\n\tout  ",
+    "def f(x):\n    return x ** 2  # code\n\r\n",
+    "你好，世界。日本語のテキスト 한국어",
+    "👩‍👩‍👧‍👦 🇩🇪 😀😀 e\u0301 é",
+    "ﬁ ½ Ⅻ ٣٤ \u00a0\u3000\u200b x",
+    "a\x00b\x7f\ufffd\U0010ffff",
+]
+MESSAGES = [
+    {"role": "system", "content": "Be <brief> & 'kind'."},
+    {"role": "user", "content": "Grüße 😀\n"},
+    {"role": "assistant", "content": "  ok"},
+]
+TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}{{ raise_exception('no tools: ' + message.role) }}{% endif %}
+    {% generation %}
+<{{ message['role'] }}>{{ message['content'] | tojson }}{{ eos_token }}
+    {% endgeneration %}
+    {% if loop.index == 99 %}{% break %}{% endif %}
+{%- endfor %}
+{% if tools is not none %}TOOLS {{ tools | tojson(indent=2) }}{% endif %}
+{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf: Path) -> Tokenizer:
+    return load_tokenizer(demo_gguf)
+
+
+def transformers_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def train(*, byte_level: bool) -> Backend:
+    """A small BPE, either as GPT-2's or as LLaMA 2's."""
+    corpus = TEXTS * 3 + ["the quick brown fox, the lazy dogs and the hedgehog think that this is the end"] * 5
+    if byte_level:
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        first = ["<s>", "</s>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+        )
+        first = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+        alphabet = []
+        corpus = [c for c in corpus if c.isascii()]
+    backend.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=600, special_tokens=first, initial_alphabet=alphabet))
+    if byte_level:
+        return backend
+    # The byte tokens must not be special, as they are in the trainer's list.
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    return Backend.from_str(json.dumps(state))
+
+
+def write_folder(path: Path, backend: Backend, **config: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    eos = {"__type": "AddedToken", "content": "</s>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": eos, **config}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def write_gguf(path: Path, fields: dict[str, Any]) -> Path:
+    """A .gguf file with these `tokenizer.` fields; arrays of floats, ints and strings alike."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        add: Any = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+        add(f"tokenizer.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def byte_level_fields(**changes: Any) -> dict[str, Any]:
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "ab", "abc"]
+    fields = {
+        "ggml.model": "gpt2",
+        "ggml.tokens": tokens,
+        "ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "ggml.merges": ["1 2", "a b"],
+        "ggml.bos_token_id": 0,
+        "ggml.eos_token_id": 1,
+    }
+    return {key: value for key, value in (fields | changes).items() if value is not None}
+
+
+def spelt(tokenizer: Tokenizer, text: str) -> list[str | None]:
+    return [tokenizer.id_to_token(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+
+
+# --- the demo model
+
+
+def test_the_demo_tokenizer_is_what_its_file_says(demo: Tokenizer) -> None:
+    assert demo.vocab_size == 49152
+    assert [demo.id_to_token(i) for i in range(3)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert demo.id_to_token(demo.vocab_size) is None
+    assert (demo.bos_token_id, demo.eos_token_ids) == (1, (2,))
+    assert demo.special_ids == frozenset(range(17))
+
+
+def test_the_demo_tokenizer_splits_words_and_digits(demo: Tokenizer) -> None:
+    assert spelt(demo, "2024") == ["2", "0", "2", "4"]
+    assert spelt(demo, " 42 cats") == ["Ġ", "4", "2", "Ġcats"]
+    assert spelt(demo, "the cat's") == ["the", "Ġcat", "'s"]
+    assert demo.encode("Hi") == demo.encode("Hi", add_special_tokens=False), "add_bos_token is false"
+
+
+def test_special_tokens_in_a_text_are_special(demo: Tokenizer) -> None:
+    ids = demo.encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert ids[0] == 1 and ids.count(2) == 1
+    assert demo.decode(ids) == "user\nHi\n"
+    assert demo.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trips(demo: Tokenizer, text: str) -> None:
+    assert demo.decode(demo.encode(text)) == text
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cn", "Co", "Cs")), max_size=60))  # the vocabulary lacks some bytes of the rest
+@settings(max_examples=100, deadline=None)
+def test_round_trips_of_any_text(demo: Tokenizer, text: str) -> None:
+    assert demo.decode(demo.encode(text), skip_special_tokens=False) == text
+
+
+def test_text_that_utf8_cannot_encode_is_refused(demo: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="must be a str that UTF-8 can encode"):
+        demo.encode("a\ud800b")
+
+
+def test_loading_needs_no_large_library(demo_gguf: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, train(byte_level=True))
+    code = f"""
+import sys
+from pjax.text.loading import load_tokenizer
+load_tokenizer({str(demo_gguf)!r}), load_tokenizer({str(folder)!r})
+print(sorted({{"jax", "torch", "transformers", "gguf"}} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- chat templates
+
+
+def test_the_demo_template_renders_as_in_transformers(demo: Tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=demo.backend, chat_template=demo.chat_template
+    )
+    for messages in (MESSAGES, MESSAGES[1:]):
+        for prompt in (True, False):
+            ours = demo.apply_chat_template(messages, add_generation_prompt=prompt)
+            assert ours == theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    assert demo.apply_chat_template(MESSAGES[1:2]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_templates_may_use_is_as_in_transformers(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, train(byte_level=True), chat_template=TEMPLATE)
+    ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
+    tools = [{"type": "function", "function": {"name": "f", "description": "Grüße <b>", "parameters": {}}}]
+    for variables in ({}, {"tools": tools}, {"add_generation_prompt": False}):
+        options: dict[str, Any] = {"add_generation_prompt": True, **variables}
+        assert ours.apply_chat_template(MESSAGES, **options) == theirs.apply_chat_template(MESSAGES, tokenize=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "this model has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + messages[0].none }}", "refuses these messages"),
+        ("{{ 'a' + 1 }}", "refuses these messages"),
+        ("{% for %}", "refuses these messages"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_templates_that_fail_fail_the_request(template: str | None, message: str) -> None:
+    tokenizer = Tokenizer(Backend(models.BPE()), special_tokens={}, eos_token_ids=(), chat_template=template)
+    with pytest.raises(InvalidRequestError, match=message):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_a_message_without_a_role_is_refused(demo: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="message 0 is 'hi', but must be a mapping with a role"):
+        demo.apply_chat_template(["hi"])  # type: ignore[list-item]
+
+
+def test_where_a_folder_keeps_its_template(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder = write_folder(tmp_path, train(byte_level=True), chat_template=named)
+    assert load_tokenizer(folder).chat_template == "D"
+    (folder / "chat_template.jinja").write_text("J")
+    assert load_tokenizer(folder).chat_template == "J"
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}])
+def test_folders_read_as_in_transformers(tmp_path: Path, byte_level: bool, flags: dict[str, bool]) -> None:
+    backend = train(byte_level=byte_level)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    backend.add_tokens([AddedToken("<extra>", special=False)])
+    backend.enable_truncation(4)
+    folder = write_folder(tmp_path, backend, **flags)
+    ours, theirs = load_tokenizer(folder), transformers_tokenizer(folder)
+    for text in [*TEXTS, "x</s> y<s>z", "a<extra>b"]:
+        for special in (True, False):
+            ids = theirs(text, add_special_tokens=special)["input_ids"]
+            assert ours.encode(text, add_special_tokens=special) == ids
+            assert ours.decode(ids, skip_special_tokens=special) == theirs.decode(ids, skip_special_tokens=special)
+    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+    assert ours.special_ids >= set(theirs.all_special_ids)
+    assert ours.vocab_size == len(theirs)
+
+
+def test_the_legacy_map_of_special_tokens_counts(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, train(byte_level=True), bos_token=None)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>", "unk_token": {"content": "</s>"}}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special_tokens == {"eos_token": "</s>", "unk_token": "</s>"}
+    assert tokenizer.bos_token_id is None
+
+
+def test_folders_without_a_tokenizer_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+# --- GGUF
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("default", ["12", "3", "4", "a", "'", "s", "Ġ", "Ġ", "Ġ", "x"]),
+        ("smollm", ["1", "2", "3", "4", "a", "'", "s", "Ġ", "Ġ", "Ġ", "x"]),
+        ("llama-bpe", ["12", "3", "4", "a", "'", "s", "Ġ", "Ġ", "Ġ", "x"]),
+        ("qwen2", ["1", "2", "3", "4", "a", "'", "s", "Ġ", "Ġ", "Ġ", "x"]),
+    ],
+)
+def test_the_kinds_of_words(tmp_path: Path, kind: str, words: list[str]) -> None:
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", byte_level_fields(**{"ggml.pre": kind})))
+    assert spelt(tokenizer, "1234a's   x") == words
+    # Llama 3 takes whole words without merging; it and no other byte-level kind begins with BOS unless told not to.
+    assert spelt(tokenizer, "abc") == (["abc"] if kind == "llama-bpe" else ["ab", "c"])
+    assert (tokenizer.encode("x")[0] == 0) == (kind == "llama-bpe")
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS if kind != "qwen2" or "\u0301" not in text)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("default", ["1234"]), ("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"])])
+def test_the_groups_of_digits(tmp_path: Path, kind: str, groups: list[str]) -> None:
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", byte_level_fields(**{"ggml.pre": kind})))
+    assert [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234")] == groups
+
+
+def test_flags_and_types_of_a_gguf(tmp_path: Path) -> None:
+    fields = byte_level_fields(**{"ggml.add_bos_token": True, "ggml.add_eos_token": True, "ggml.eot_token_id": 258})
+    fields["ggml.token_type"][-1] = 4  # "abc" is defined by the user
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", fields))
+    assert spelt(tokenizer, "xabcx</s>") == ["x", "abc", "x", "</s>"]
+    assert tokenizer.encode("a")[0] == 0 and tokenizer.encode("a")[-1] == 1 and len(tokenizer.encode("a")) == 3
+    assert tokenizer.eos_token_ids == (1, 258)
+    assert tokenizer.special_ids == {0, 1}
+    assert tokenizer.chat_template is None
+
+
+def test_a_llama_gguf_reads_as_its_folder(tmp_path: Path) -> None:
+    """Merges come from scores; the folder's come from training."""
+    backend = train(byte_level=False)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+    assert all(token is not None for token in tokens)
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)]
+    fields = {"ggml.model": "llama", "ggml.tokens": tokens, "ggml.token_type": types, "ggml.scores": scores}
+    ours = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", fields))
+    theirs = transformers_tokenizer(write_folder(tmp_path / "hf", backend, unk_token="<unk>"))
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.special_ids) == (1, (2,), frozenset({0, 1, 2}))
+    for text in [*TEXTS, "the end of the fox", "a</s> b"]:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert spelt(ours, "é") == ["▁", "<0xC3>", "<0xA9>"]
+    plain = load_gguf_tokenizer(write_gguf(tmp_path / "b.gguf", fields | {"ggml.add_space_prefix": False, "ggml.add_bos_token": False}))
+    assert plain.id_to_token(plain.encode("the")[0]) in ("th", "the", "t")
+    assert plain.decode(plain.encode(" the")) == " the"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"ggml.model": "bert"}, UnsupportedError, "'bert'; supported: gpt2, llama"),
+        ({"ggml.pre": "tekken"}, UnsupportedError, "'tekken'; supported: default, .*smollm.*qwen2"),
+        ({"ggml.tokens": None}, CheckpointError, r"tokenizer\.ggml\.tokens is None, but must be an array"),
+        ({"ggml.merges": None}, CheckpointError, r"tokenizer\.ggml\.merges is None"),
+        ({"ggml.merges": ["a none"]}, CheckpointError, "do not fit together"),
+        ({"ggml.merges": ["ab"]}, CheckpointError, "do not fit together"),
+        ({"ggml.token_type": [1, 1]}, CheckpointError, r"token_type has 2 entries, but there are 261 tokens"),
+        ({"ggml.bos_token_id": 999}, CheckpointError, r"bos_token_id is 999, but must be in \[0, 261\)"),
+    ],
+)
+def test_what_a_gguf_lacks_is_named(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    path = write_gguf(tmp_path / "a.gguf", byte_level_fields(**changes))
+    with pytest.raises(error, match=message):
+        load_gguf_tokenizer(path)
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "a.gguf", byte_level_fields()).read_bytes()
+    load_gguf_tokenizer(tmp_path / "a.gguf")
+    part = tmp_path / "part.gguf"
+    for size in [0, 3, 10, *range(24, len(whole) - 64, 97)]:
+        part.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="damaged or truncated"):
+            load_gguf_tokenizer(part)
