@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pjax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LAYER_MODES = ("auto", "unroll", "scan", "loop")
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -32,8 +33,8 @@ class EngineConfig:
     """Pages of the pool, instead of its bytes."""
     seed: int = 0
     """Requests without a seed of their own take one from this and their number."""
-    scan_layers: bool = False
-    """Run the layers under lax.scan: compiles faster, runs slower."""
+    layer_mode: str = "auto"
+    """How the layers run: "unroll", "scan" (compiles fastest, runs slower) or "loop"; auto is loop on a CPU, else unroll."""
     lazy: bool = False
     """Compile a step when it is first needed, instead of all of them before the first request."""
     attention_backend: str | None = None
@@ -45,6 +46,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
+        if self.layer_mode not in LAYER_MODES:
+            raise ConfigError(f"layer_mode is {self.layer_mode!r}, but must be one of {', '.join(LAYER_MODES)}")
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size is {self.page_size!r}, but must be one of {', '.join(map(str, PAGE_SIZES))}")
         if not 0 < self.memory_share <= 1:

@@ -56,7 +56,8 @@ class LLMEngine:
         platform = jax.default_backend()
         dtype = _resolve_dtype(config.dtype, platform)
         self.tokenizer: Tokenizer | None = None
-        loaded = load_model(model, dtype=dtype, scan_layers=config.scan_layers, progress=progress)
+        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
+        loaded = load_model(model, dtype=dtype, layer_mode=layer_mode, progress=progress)
         if not skip_tokenizer_init:
             self.tokenizer = load_tokenizer(loaded.path)
         self.model_config = loaded.config

@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": {"errors"},
     "config": {"errors"},
     "pallas_kernels": set(),
-    "models": {"pallas_kernels", "errors"},
+    "gguf_header": {"errors"},
+    "models": {"pallas_kernels", "errors", "gguf_header"},
     "scheduler": {"errors", "params", "outputs"},
     "runner": {"models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
-    "text": {"errors", "params"},
+    "text": {"errors", "params", "gguf_header"},
     "memory": {"pallas_kernels", "errors", "config"},
     "metrics": {"errors", "config", "outputs"},
 }

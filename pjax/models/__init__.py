@@ -39,7 +39,7 @@ def find_family(hf_config: Mapping[str, Any]) -> Any:
     raise UnsupportedError(f"architecture {shown} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def load_model(model: str | Path, *, dtype: str, scan_layers: bool = False, progress: bool = True) -> LoadedModel:
+def load_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", progress: bool = True) -> LoadedModel:
     """Reads a checkpoint (folder, .gguf file or hub id) into parameters of `dtype` ("auto": the checkpoint's) on the default device.
 
     Raises CheckpointError when the checkpoint is missing, damaged or does not fit its config, UnsupportedError when
@@ -70,9 +70,9 @@ def load_model(model: str | Path, *, dtype: str, scan_layers: bool = False, prog
             return checkpoint.read(name)
 
         dtype = _auto_dtype(hf) if dtype == "auto" else dtype
-        abstract = nnx.eval_shape(lambda: family.Model(config, dtype=dtype, scan_layers=scan_layers))
+        abstract = nnx.eval_shape(lambda: family.Model(config, dtype=dtype, layer_mode=layer_mode))
         graph, state = nnx.split(abstract)
-        params = load_into(state, sources, read, stacked_layers=config.num_layers if scan_layers else 0, progress=progress)
+        params = load_into(state, sources, read, stacked_layers=config.num_layers if layer_mode == "scan" else 0, progress=progress)
         eos = checkpoint.generation_config().get("eos_token_id", hf.get("eos_token_id"))
     return LoadedModel(config=config, graph=graph, params=params, eos_token_ids=_token_ids(eos), path=checkpoint.path, dtype=dtype)
 

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+
+@dataclass(frozen=True, eq=False)
+class LayerChoice:
+    """The kernels of one product in every layer, and whose turn it is: what a looped layer sees as its kernel.
+
+    `matmul` picks one by a conditional, which reads it where it lies; indexing stacked kernels would copy it.
+    """
+
+    kernels: tuple[jax.Array, ...]  # L of [in, out]
+    index: jax.Array  # int32 []
+
+    def __getitem__(self, _: Any) -> LayerChoice:
+        return self  # so that `Param[...]` gives the choice
+
+
+def matmul(x: jax.Array, kernel: jax.Array | LayerChoice) -> jax.Array:
+    """x [..., in] · kernel [in, out], in float32."""
+
+    def product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+    if isinstance(kernel, LayerChoice):
+        return lax.switch(kernel.index, [partial(product, one) for one in kernel.kernels], x)
+    return product(kernel, x)
 
 
 class Linear(nnx.Module):
@@ -20,7 +47,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out]."""
-        y = jnp.matmul(x, self.kernel[...], preferred_element_type=jnp.float32)
+        y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -55,16 +82,22 @@ class Embedding(nnx.Module):
         return lax.dot_general(x, self.table[...], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-class LayerStack(nnx.Module):
-    """L equal layers, run unrolled (a list of modules) or scanned (one module whose weights are stacked on axis 0).
+LAYER_MODES = ("unroll", "scan", "loop")
 
-    Unrolled runs faster; scanned compiles in the time of one layer (docs/decisions/0001-layers.md).
+
+class LayerStack(nnx.Module):
+    """L equal layers and one code for them, run in one of three ways (docs/decisions/0001-layers.md).
+
+    unroll: the code L times over. Fastest on accelerators; compiles in the time of L layers.
+    scan: once, over weights stacked on axis 0. Compiles in the time of one layer; reads each weight twice.
+    loop: once, over the layers' own weights, each product choosing its kernel. For CPUs: compiles nearly as fast as
+      scan and runs as fast as unroll.
     """
 
-    def __init__(self, make: Callable[[], nnx.Module], num_layers: int, *, scan: bool) -> None:
+    def __init__(self, make: Callable[[], nnx.Module], num_layers: int, *, mode: str) -> None:
         self.num_layers = num_layers
-        self.scan = scan
-        if scan:
+        self.mode = mode
+        if mode == "scan":
             graph, state = nnx.split(make())
             stacked = jax.tree.map(lambda leaf: jnp.zeros((num_layers, *leaf.shape), leaf.dtype), state)
             self.layers: Any = nnx.merge(graph, stacked)
@@ -73,15 +106,30 @@ class LayerStack(nnx.Module):
 
     def __call__(self, body: Callable[[Any, Any, int | jax.Array], Any], carry: Any) -> Any:
         """Runs `carry = body(layer, carry, layer_index)` for each layer in turn."""
-        if not self.scan:
+        if self.mode == "unroll":
             for index, layer in enumerate(self.layers):
                 carry = body(layer, carry, index)
             return carry
+        layer_at = self._scanned() if self.mode == "scan" else self._looped()
+
+        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            return body(layer_at(index), carry, index), None
+
+        return lax.scan(step, carry, jnp.arange(self.num_layers, dtype=jnp.int32))[0]
+
+    def _scanned(self) -> Callable[[jax.Array], Any]:
         graph, stacked = nnx.split(self.layers)
+        return lambda index: nnx.merge(graph, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked))
 
-        def step(carry: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            state, index = xs
-            return body(nnx.merge(graph, state), carry, index), None
+    def _looped(self) -> Callable[[jax.Array], Any]:
+        split = [nnx.split(layer) for layer in self.layers]
+        graph, structure = split[0][0], jax.tree.structure(split[0][1])
+        by_leaf = list(zip(*(jax.tree.leaves(state) for _, state in split), strict=True))
+        # Vectors (norms, biases) are small: stacking them costs less than a conditional each.
+        stacked = [jnp.stack(leaves) if leaves[0].ndim < 2 else leaves for leaves in by_leaf]
 
-        carry, _ = lax.scan(step, carry, (stacked, jnp.arange(self.num_layers, dtype=jnp.int32)))
-        return carry
+        def layer_at(index: jax.Array) -> Any:
+            leaves = [LayerChoice(leaf, index) if isinstance(leaf, tuple) else leaf[index] for leaf in stacked]
+            return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+
+        return layer_at

@@ -14,7 +14,7 @@ from flax import nnx
 from pjax.errors import CheckpointError
 from pjax.models.attention import PagedContext
 from pjax.models.config import ConfigReader, RopeConfig
-from pjax.models.layers import Embedding, LayerStack, Linear, RMSNorm
+from pjax.models.layers import Embedding, LayerStack, Linear, RMSNorm, matmul
 from pjax.models.rope import rotate, rotation
 from pjax.models.weights import Weight
 
@@ -136,10 +136,10 @@ class LlamaBlock(nnx.Module):
 class Llama(nnx.Module):
     """Token ids to hidden states over the page pool, and hidden states to logits."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, scan_layers: bool = False) -> None:
+    def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, scan=scan_layers)
+        self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
 
@@ -158,7 +158,7 @@ class Llama(nnx.Module):
         hidden = self.norm(hidden)
         if self.head is None:
             return self.embed.attend(hidden)
-        return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+        return matmul(hidden, self.head.kernel[...])
 
 
 def weight_table(config: LlamaConfig) -> dict[str, Weight]:

@@ -35,8 +35,7 @@ def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]
             first *= 2
         return [*sizes, last]
 
-    # From 4 rows on: in the step of a single row XLA's CPU backend copies the whole pool at each write.
-    decode = [Bucket(True, rows, rows) for rows in powers(min(4, max_num_seqs), max_num_seqs)]
+    decode = [Bucket(True, rows, rows) for rows in powers(1, max_num_seqs)]
     mixed = [Bucket(False, tokens, max_num_seqs) for tokens in powers(min(16, max_num_batched_tokens), max_num_batched_tokens)]
     return decode + mixed
 

@@ -39,14 +39,14 @@ def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: 
     sizes = [size for size in LOGIT_ROWS if size < num_rows] + [num_rows]
 
     def branch(size: int) -> Any:
-        def run() -> Sampled:
-            some = jax.tree.map(lambda array: array[:size], inputs.sampling)
-            out = sample(model.logits(hidden[:size]), inputs.sample_positions[:size], some, max_logprobs)
-            return jax.tree.map(lambda array: jnp.pad(array, [(0, num_rows - size), *[(0, 0)] * (array.ndim - 1)]), out)
+        def run() -> jax.Array:
+            return jnp.pad(model.logits(hidden[:size]), ((0, num_rows - size), (0, 0)))
 
         return run
 
     if len(sizes) == 1:
-        return branch(num_rows)()  # type: ignore[no-any-return]
-    which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
-    return lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])  # type: ignore[no-any-return]
+        logits = branch(num_rows)()
+    else:
+        which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
+        logits = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
+    return sample(logits, inputs.sample_positions, inputs.sampling, max_logprobs)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from pjax.errors import CheckpointError, UnsupportedError
+from pjax.gguf_header import read_gguf_header
 from pjax.text.tokenizer import Tokenizer
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,51 +23,28 @@ DIGIT_KINDS = ("smollm", "starcoder", "refact")  # GPT-2's pattern, after every 
 LLAMA3_KINDS = ("llama-bpe", "llama3", "llama-v3")
 QWEN2_KINDS = ("qwen2", "deepseek-r1-qwen")
 
-# Token types, and types of metadata values, of the format's specification.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-STRING, ARRAY = 8, 9
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of the format's specification
 
 
 class _Metadata:
-    """The `tokenizer.*` fields of a GGUF file, read in one pass: GGUFReader makes an array object for every string.
-
-    Raises CheckpointError when the file is damaged or truncated.
-    """
+    """The `tokenizer.*` fields of a GGUF file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fields: dict[str, Any] = {}
-        try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                self._read(data)
-        except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged or truncated: {error!r}") from error
-
-    def _read(self, data: mmap.mmap) -> None:
-        magic, version, _, count = struct.unpack_from("<4sIQQ", data, 0)
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"begins with {magic!r} and version {version}, but must be b'GGUF', little-endian, and 2 or 3")
-        at = 24
-        for _ in range(count):
-            (key,), at = _strings(data, at, 1)
-            (kind,) = struct.unpack_from("<I", data, at)
-            value, at = _value(data, at + 4, kind)
-            if key.startswith("tokenizer."):
-                self._fields[key.removeprefix("tokenizer.")] = value
+        self._fields = read_gguf_header(path).metadata
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._fields.get(key, default)
+        return self._fields.get(f"tokenizer.{key}", default)
 
     def array(self, key: str) -> list[Any]:
-        value = self._fields.get(key)
+        value = self.get(key)
         if not isinstance(value, list):
             raise CheckpointError(f"{self.path}: metadata field tokenizer.{key} is {value!r:.40}, but must be an array")
         return value
 
     def of_tokens(self, key: str, count: int, default: float) -> list[Any]:
         """An array with one entry for every token, or the default where the file has none."""
-        values = self.array(key) if key in self._fields else [default] * count
+        values = [default] * count if self.get(key) is None else self.array(key)
         if len(values) != count:
             raise CheckpointError(f"{self.path}: tokenizer.{key} has {len(values)} entries, but there are {count} tokens")
         return values
@@ -80,45 +55,6 @@ class _Metadata:
         if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
             raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be in [0, {len(tokens)})")
         return index
-
-
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    """One metadata value and where the next thing begins."""
-    if kind == STRING:
-        values, at = _strings(data, at, 1)
-        return values[0], at
-    if kind == ARRAY:
-        kind, count = struct.unpack_from("<IQ", data, at)
-        if kind == STRING:
-            return _strings(data, at + 12, count)
-        if kind == ARRAY:
-            at, inner = at + 12, []
-            for _ in range(count):
-                value, at = _value(data, at, ARRAY)
-                inner.append(value)
-            return inner, at
-        return _numbers(data, at + 12, kind, count)
-    values, at = _numbers(data, at, kind, 1)
-    return values[0], at
-
-
-def _numbers(data: mmap.mmap, at: int, kind: int, count: int) -> tuple[list[Any], int]:
-    dtype = np.dtype(NUMBERS[kind])
-    end = at + count * dtype.itemsize
-    if end > len(data):
-        raise ValueError(f"values at byte {at} end at byte {end}, but the file has {len(data)}")
-    return np.frombuffer(data[at:end], dtype).tolist(), end
-
-
-def _strings(data: mmap.mmap, at: int, count: int) -> tuple[list[str], int]:
-    size_at, values = struct.Struct("<Q").unpack_from, []
-    for _ in range(count):
-        start = at + 8
-        at = start + size_at(data, at)[0]
-        if at > len(data):
-            raise ValueError(f"the string at byte {start} ends at byte {at}, but the file has {len(data)}")
-        values.append(data[start:at].decode("utf-8"))
-    return values, at
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:
