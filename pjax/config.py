@@ -37,7 +37,10 @@ class EngineConfig:
     """How the layers run: "unroll", "scan" (compiles fastest, runs slower) or "loop"; auto is loop on a CPU, else unroll."""
     lazy: bool = False
     """Compile a step when it is first needed, instead of all of them before the first request."""
+    compilation_cache_dir: str | None = "auto"
+    """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
     attention_backend: str | None = None
+    """"xla" or "reference"; by default the one for the platform."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages"):

@@ -6,8 +6,10 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,10 @@ import numpy as np
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError, InvalidRequestError
 from pjax.memory import choose_num_pages, describe_pool
-from pjax.models import load_model
+from pjax.models import open_model
 from pjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pjax.params import SamplingParams
-from pjax.runner import ModelRunner, RunnerConfig, StepResult
+from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
 from pjax.scheduler import Request, Scheduler
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.loading import load_tokenizer
@@ -53,40 +55,51 @@ class LLMEngine:
         self, model: str | Path, config: EngineConfig | None = None, *, skip_tokenizer_init: bool = False, progress: bool = True
     ) -> None:
         self.config = config = config or EngineConfig()
+        use_compilation_cache(config.compilation_cache_dir)
         platform = jax.default_backend()
-        dtype = _resolve_dtype(config.dtype, platform)
-        self.tokenizer: Tokenizer | None = None
         layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        loaded = load_model(model, dtype=dtype, layer_mode=layer_mode, progress=progress)
-        if not skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(loaded.path)
-        self.model_config = loaded.config
-        self.max_model_len = self._resolve_length(loaded.config.max_position)
-        self._eos = frozenset(loaded.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ())
-        kv_dtype = "float32" if platform == "cpu" else jnp.dtype(loaded.dtype).name
-        num_pages = choose_num_pages(config, loaded.config, kv_dtype, self.max_model_len)
+        source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
+        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(source.path)
+        self.model_config = source.config
+        self.max_model_len = self._resolve_length(source.config.max_position)
+        self._eos = frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ())
+        kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
+        num_pages = choose_num_pages(config, source.config, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
-        self.scheduler = Scheduler(
-            num_pages=num_pages,
-            page_size=config.page_size,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        )
-        runner_config = RunnerConfig(
-            num_pages=num_pages,
-            page_size=config.page_size,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            kv_cache_dtype=kv_dtype,
-            attention_backend=config.attention_backend,
-        )
-        self.runner = ModelRunner(loaded, runner_config)
+        limits: dict[str, int] = {
+            "num_pages": num_pages,
+            "page_size": config.page_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+        }
+        self.scheduler = Scheduler(**limits)
+        self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
         self._sequences: dict[str, _Sequence] = {}
         self._numbers = itertools.count()
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
+        self._weights: Future[Any] | None = self._loading.submit(source.load, progress=progress)
         if not config.lazy:
             self.runner.warmup(progress=progress)
+            self._wait_for_weights()
+
+    def _wait_for_weights(self) -> None:
+        if self._weights is not None:
+            self.runner.set_params(self._weights.result())
+            self._weights = None
+            self._loading.shutdown()
+
+    def prefetch(self) -> None:
+        """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""
+        lengths = self.scheduler.waiting_lengths()
+        budget, total = self.config.max_num_batched_tokens, sum(lengths)
+        rows = min(len(lengths), self.config.max_num_seqs)
+        chunks = {budget, total % budget} if total > budget else {total}
+        if any(length > 1 for length in lengths):
+            for chunk in sorted(chunks - {0}):
+                self.runner.prefetch_for(chunk, rows, decode_only=False)
+        if rows:
+            self.runner.prefetch_for(rows, rows, decode_only=True)
 
     def _resolve_length(self, limit: int) -> int:
         wanted = self.config.max_model_len
@@ -166,6 +179,7 @@ class LLMEngine:
         plan = self.scheduler.schedule()
         if plan is None:
             return []
+        self._wait_for_weights()
         result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
         now = time.monotonic()
         changed = self.scheduler.commit(plan, result.tokens, now)

@@ -73,6 +73,8 @@ class LLM:
         try:
             for prompt, one in zip(listed, params, strict=True):
                 ids.append(self.engine.add_request(prompt, one))
+            if self.engine.config.lazy:
+                self.engine.prefetch()
         except BaseException:
             for request_id in ids:
                 self.engine.abort_request(request_id)

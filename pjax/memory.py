@@ -13,8 +13,11 @@ from pjax.pallas_kernels.pages import page_bytes
 CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
-def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int) -> int:
+def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int, *, weight_bytes: int = 0) -> int:
     """Pages of one layer: as asked, or what fits the device, but no more than all sequences at full length can use.
+
+    Args:
+      weight_bytes: of the weights that are still to be loaded.
 
     Raises ConfigError when not even one page fits.
     """
@@ -25,7 +28,8 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
         if config.kv_cache_memory < one:
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
         return config.kv_cache_memory // one
-    free = _free_bytes() * config.memory_share
+    share = config.memory_share * (CPU_SHARE if jax.default_backend() == "cpu" else 1)
+    free = max(_free_bytes() - weight_bytes, 0) * share
     useful = -(-max_model_len // config.page_size) * config.max_num_seqs
     fits = int(free // one)
     if fits < 1:
@@ -34,14 +38,14 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
 
 
 def _free_bytes() -> float:
-    """Device memory that is free once the weights are there."""
+    """Device memory that is free now."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"] - stats["bytes_in_use"])
     import psutil
 
-    return float(psutil.virtual_memory().available) * CPU_SHARE
+    return float(psutil.virtual_memory().available)
 
 
 def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,30 @@ FAMILIES: dict[str, str] = {"LlamaForCausalLM": "pjax.models.llama"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model and its parameters, split so that a jitted step takes flat arrays."""
+class ModelSource:
+    """A checkpoint whose names, shapes and config fit a model; its weights are read by `load`.
+
+    What a step's compilation needs is there before the weights are: graph and abstract parameters.
+    """
 
     config: Any
     graph: nnx.GraphDef[Any]
-    params: nnx.State[Any, Any]
+    abstract: nnx.State[Any, Any]  # of jax.ShapeDtypeStruct
     eos_token_ids: tuple[int, ...]
     path: Path
     dtype: str
+    read_weights: Callable[[bool], nnx.State[Any, Any]]
+
+    def load(self, *, progress: bool = True) -> nnx.State[Any, Any]:
+        """The parameters on the default device; reads the checkpoint one tensor at a time. To be called once."""
+        return self.read_weights(progress)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the parameters."""
+        import jax
+
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
 
 
 def find_family(hf_config: Mapping[str, Any]) -> Any:
@@ -39,8 +54,8 @@ def find_family(hf_config: Mapping[str, Any]) -> Any:
     raise UnsupportedError(f"architecture {shown} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def load_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", progress: bool = True) -> LoadedModel:
-    """Reads a checkpoint (folder, .gguf file or hub id) into parameters of `dtype` ("auto": the checkpoint's) on the default device.
+def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> ModelSource:
+    """Opens a checkpoint (folder, .gguf file or hub id) for parameters of `dtype` ("auto": the checkpoint's).
 
     Raises CheckpointError when the checkpoint is missing, damaged or does not fit its config, UnsupportedError when
     pjax has no such architecture or does not apply a field of its config.
@@ -50,31 +65,36 @@ def load_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", pro
     from pjax.models.checkpoints import open_checkpoint
     from pjax.models.weights import check_names, expand, load_into
 
-    with open_checkpoint(model) as checkpoint:
-        hf = checkpoint.hf_config()
-        family = find_family(hf)
-        config = family.Config.from_hf(hf)
-        sources = expand(family.weight_table(config), config.num_layers)
-        found = dict(checkpoint.names())
-        is_gguf = checkpoint.format == "gguf"
-        renamed: dict[str, str] = {}
+    checkpoint = open_checkpoint(model)
+    hf = checkpoint.hf_config()
+    family = find_family(hf)
+    config = family.Config.from_hf(hf)
+    sources = expand(family.weight_table(config), config.num_layers)
+    is_gguf = checkpoint.format == "gguf"
+    to_hf = {family.gguf_name(name): name for source in sources.values() for name, _ in source.parts} if is_gguf else {}
+    found = {to_hf.get(name, name): shape for name, shape in checkpoint.names().items()}
+    check_names(sources, found, family.known_leftovers(config), str(checkpoint.path))
+    dtype = _auto_dtype(hf) if dtype == "auto" else dtype
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: family.Model(config, dtype=dtype, layer_mode=layer_mode)))
+
+    def read(name: str) -> Any:
         if is_gguf:
-            wanted = {name for source in sources.values() for name, _ in source.parts}
-            renamed = {family.gguf_name(name): name for name in wanted}
-            found = {renamed.get(name, name): shape for name, shape in found.items()}
-        check_names(sources, found, family.known_leftovers(config), str(checkpoint.path))
+            return family.from_gguf(name, checkpoint.read(family.gguf_name(name)), config)
+        return checkpoint.read(name)
 
-        def read(name: str) -> Any:
-            if is_gguf:
-                return family.from_gguf(name, checkpoint.read(family.gguf_name(name)), config)
-            return checkpoint.read(name)
+    def read_weights(progress: bool) -> nnx.State[Any, Any]:
+        with checkpoint:
+            return load_into(abstract, sources, read, stacked_layers=config.num_layers if layer_mode == "scan" else 0, progress=progress)
 
-        dtype = _auto_dtype(hf) if dtype == "auto" else dtype
-        abstract = nnx.eval_shape(lambda: family.Model(config, dtype=dtype, layer_mode=layer_mode))
-        graph, state = nnx.split(abstract)
-        params = load_into(state, sources, read, stacked_layers=config.num_layers if layer_mode == "scan" else 0, progress=progress)
-        eos = checkpoint.generation_config().get("eos_token_id", hf.get("eos_token_id"))
-    return LoadedModel(config=config, graph=graph, params=params, eos_token_ids=_token_ids(eos), path=checkpoint.path, dtype=dtype)
+    return ModelSource(
+        config=config,
+        graph=graph,
+        abstract=abstract,
+        eos_token_ids=_token_ids(checkpoint.generation_config().get("eos_token_id", hf.get("eos_token_id"))),
+        path=checkpoint.path,
+        dtype=dtype,
+        read_weights=read_weights,
+    )
 
 
 def _auto_dtype(hf: Mapping[str, Any]) -> str:

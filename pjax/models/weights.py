@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from pjax.errors import CheckpointError
 
 Shape = tuple[int, ...]
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +108,11 @@ def load_into(
     flat = nnx.to_flat_state(abstract)
     loaded = []
     for path, leaf in tqdm(flat, desc="Loading weights", unit="tensor", leave=False, disable=None if progress else True):
-        target = np.empty(leaf.shape, _numpy_dtype(leaf.dtype))
+        target = _aligned_empty(leaf.shape, _numpy_dtype(leaf.dtype))
         names = source_paths(path, stacked_layers)
         for index, name in enumerate(names):
             sources[name].fill(target[index] if len(names) > 1 or (stacked_layers and "blocks" in path) else target, read)
-        loaded.append((path, leaf.replace(jax.device_put(target))))
+        loaded.append((path, leaf.replace(jax.device_put(target, may_alias=True))))
     return nnx.from_flat_state(loaded)
 
 
@@ -122,6 +124,14 @@ def source_paths(path: Sequence[str | int], stacked_layers: int) -> list[str]:
     if stacked_layers:
         return [".".join(["blocks", str(layer), *words[2:]]) for layer in range(stacked_layers)]
     return [".".join(["blocks", *words[2:]])]
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """Uninitialised memory that a CPU device takes over without a copy: XLA asks for 64-byte alignment."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype[Any]:

@@ -1,5 +1,6 @@
-"""The device side: packs a plan into padded arrays, runs the jitted step, keeps parameters and pages."""
+"""The device side: packs plans into arrays, holds the compiled step, samples."""
 
-from pjax.runner.runner import ModelRunner, RunnerConfig, StepResult
-
-__all__ = ["ModelRunner", "RunnerConfig", "StepResult"]
+from pjax.runner.compilation import use_compilation_cache as use_compilation_cache
+from pjax.runner.runner import ModelRunner as ModelRunner
+from pjax.runner.runner import RunnerConfig as RunnerConfig
+from pjax.runner.runner import StepResult as StepResult

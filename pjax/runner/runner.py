@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from pjax.errors import ConfigError
-from pjax.models import LoadedModel
+from pjax.models import ModelSource
 from pjax.pallas_kernels import RaggedBatch
 from pjax.pallas_kernels.pages import page_bytes, pool_shape
 from pjax.params import MAX_LOGPROBS
@@ -58,11 +58,12 @@ class ModelRunner:
     `num_compilations` counts them; after `warmup()` it does not change.
     """
 
-    def __init__(self, model: LoadedModel, config: RunnerConfig) -> None:
+    def __init__(self, model: ModelSource, config: RunnerConfig) -> None:
         self.config = config
         self.buckets = make_buckets(config.max_num_seqs, config.max_num_batched_tokens)
         self.num_compilations = 0
-        self._params, treedef = jax.tree.flatten(model.params)
+        self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
+        self._params: list[jax.Array] | None = None
         c = model.config
         shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
         try:
@@ -71,11 +72,17 @@ class ModelRunner:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._sampling = SamplingTable(config.max_num_seqs)
-        step = make_step(model.graph, treedef, c.num_layers, min(MAX_LOGPROBS, c.vocab_size), config.attention_backend)
+        step = make_step(model.graph, self._structure, min(MAX_LOGPROBS, c.vocab_size), config.attention_backend)
         self._step = jax.jit(step, donate_argnums=1)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
+
+    def set_params(self, params: Any) -> None:
+        """Gives the weights, a state as `ModelSource.load` returns it; compilation may begin before."""
+        leaves, structure = jax.tree.flatten(params)
+        assert structure == self._structure
+        self._params = leaves
 
     def execute(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> StepResult:
         """Runs one step and waits for its tokens.
@@ -87,7 +94,8 @@ class ModelRunner:
             self._sampling.set(request.row, request, request.params, request.seed)
         bucket = find_bucket(self.buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
         inputs, order = pack(plan, tokens, block_tables, self._sampling, bucket)
-        self._pages, sampled = self._compiled_step(bucket)(self._params, self._pages, inputs)
+        step = self._compiled_step(bucket)
+        self._pages, sampled = step(self._params, self._pages, inputs)
         return self._to_host(sampled, order, len(plan.rows))
 
     def _to_host(self, sampled: Sampled, order: Ints, num_rows: int) -> StepResult:
@@ -116,6 +124,10 @@ class ModelRunner:
         if bucket not in self._compiled and bucket not in self._pending:
             self._pending[bucket] = self._pool.submit(self._compile, bucket)
 
+    def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
+        """Starts compiling the step that a plan of this size would take."""
+        self.prefetch(find_bucket(self.buckets, num_tokens, num_rows, decode_only))
+
     def _compiled_step(self, bucket: Bucket) -> Any:
         if bucket not in self._compiled:
             self.prefetch(bucket)
@@ -125,7 +137,7 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        compiled = self._step.lower(self._params, self._pages_struct(), self._input_struct(bucket)).compile()
+        compiled = self._step.lower(self._abstract_params, self._pages_struct(), self._input_struct(bucket)).compile()
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return compiled
 

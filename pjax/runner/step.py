@@ -17,15 +17,15 @@ from pjax.runner.sampler import Sampled, sample
 LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
 
 
-def make_step(graph: Any, treedef: Any, num_layers: int, max_logprobs: int, backend: str | None) -> Any:
+def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None) -> Any:
     """The function `(params, pages, inputs) -> (pages, Sampled)` to be jitted with `pages` donated.
 
     `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step.
     """
 
     def step(params: Sequence[jax.Array], pages: jax.Array, inputs: StepInput) -> tuple[jax.Array, Sampled]:
-        model = nnx.merge(graph, jax.tree.unflatten(treedef, params))
-        context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], num_layers, backend)
+        model = nnx.merge(graph, jax.tree.unflatten(structure, params))
+        context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
         hidden, pages = model(inputs.token_ids, pages, context)
         sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs)
         return pages, sampled

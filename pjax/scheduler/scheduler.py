@@ -52,6 +52,10 @@ class Scheduler:
 
     # ---- requests
 
+    def waiting_lengths(self) -> list[int]:
+        """Tokens of each waiting request."""
+        return [request.num_tokens for request in self._waiting]
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequestError when it can never fit; then nothing has changed."""
         num_prompt, where = len(request.prompt_token_ids), f"(request {request.request_id!r})"

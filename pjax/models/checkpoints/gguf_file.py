@@ -22,7 +22,7 @@ SUPPORTED = (
     *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
 )
 PLAIN = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16), Type.BF16: np.dtype(ml_dtypes.bfloat16)}
-CHUNK_ELEMENTS = 1 << 20  # dequantised at once: bounds the temporaries, a few times this many float32
+CHUNK_ELEMENTS = 1 << 18  # dequantised at once: temporaries that stay in the cache
 # Fields of architecture llama that are applied here, or that change no forward pass.
 APPLIED = {
     "attention.head_count",
@@ -113,11 +113,12 @@ class GGUFFile(Checkpoint):
         data = np.asarray(self._data[info.offset : info.offset + math.prod(byte_shape)])
         if kind in PLAIN:
             return data.view(PLAIN[kind]).reshape(shape)
-        rows = data.reshape(-1, byte_shape[-1])
-        values = np.empty((len(rows), shape[-1]), np.float32)
-        step = max(1, CHUNK_ELEMENTS // shape[-1])
-        for start in range(0, len(rows), step):
-            values[start : start + step] = dequantize(rows[start : start + step], kind)
+        values = np.empty(math.prod(shape), np.float32)
+        block, size = GGML_QUANT_SIZES[kind]
+        step = CHUNK_ELEMENTS // block
+        for start in range(0, len(values) // block, step):  # as one long row, which `dequantize` takes in one piece
+            part = data[start * size : (start + step) * size]
+            values[start * block : (start + step) * block] = dequantize(part, kind)
         return values.reshape(shape)
 
     def close(self) -> None:

@@ -1,0 +1,89 @@
+"""Greedy tokens and log-probabilities of the demo model against transformers + torch, each prompt alone there.
+
+transformers reads the GGUF file by itself, so readers and name tables are checked too. Its logits for prompt + output in
+one forward pass say whether every token was the likeliest after those before it: by induction that is its greedy text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pjax import LLM, SamplingParams
+
+NUM_NEW = 64
+NEAR_TIE = 1e-4  # of two logits: either token is right
+LOGPROB_TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def reference(demo_gguf: Path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def crowded(demo_gguf: Path) -> LLM:
+    """Chunks of at most 48 tokens, and pages for 4 of the 32 requests or so."""
+    return LLM(demo_gguf, lazy=True, max_model_len=800, max_num_seqs=16, max_num_batched_tokens=48, num_pages=120, progress=False)
+
+
+def prompts_of(llm: LLM) -> list[list[int]]:
+    """32 prompts of 1 to 700 tokens: English and code from this repository, and random ids."""
+    rng = np.random.default_rng(7)
+    root = Path(__file__).resolve().parents[2]
+    text = llm.get_tokenizer().encode((root / "LICENSE").read_text()[:9000] + (root / "pjax" / "llm.py").read_text())
+    lengths = [1, 2, 15, 16, 17, 700, 699, 47, 48, 49, *np.exp(rng.uniform(0, np.log(700), 22)).astype(int)]
+    starts = rng.integers(0, len(text) - 700, len(lengths))
+    random = [rng.integers(0, 49152, n).tolist() for n in lengths]
+    return [random[i] if i % 4 == 3 else text[starts[i] : starts[i] + n] for i, n in enumerate(lengths)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    prompts = prompts_of(crowded)
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=0)
+    outputs = crowded.generate(prompts, params, use_tqdm=False)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0, "the pool was meant to be too small"
+    near_ties, worst = 0, 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = output.outputs[0].token_ids
+        assert len(tokens) == NUM_NEW
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].double().numpy()
+        chosen = logits[np.arange(NUM_NEW), tokens]
+        behind = logits.max(axis=-1) - chosen
+        assert behind.max() <= NEAR_TIE, f"a prompt of {len(prompt)}: token {int(behind.argmax())} is {behind.max():.2e} behind"
+        near_ties += int((behind > 0).sum())
+        expected = chosen - logits.max(-1) - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+        got = [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        worst = max(worst, float(np.abs(expected - got).max()))
+        assert worst <= LOGPROB_TOLERANCE
+        assert abs(output.outputs[0].cumulative_logprob - sum(got)) < 1e-6
+    with capsys.disabled():
+        print(f"\nparity: {len(prompts)} prompts x {NUM_NEW} tokens, {near_ties} near-ties used, log-probabilities within {worst:.1e}")
+
+
+def test_generate_of_transformers_itself(crowded: LLM, reference) -> None:
+    """Not only by induction."""
+    import torch
+
+    for text in ("The capital of France is", "def fibonacci(n):"):
+        ids = crowded.get_tokenizer().encode(text)
+        with torch.inference_mode():
+            expected = reference.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=24, min_new_tokens=24
+            )[0, len(ids) :].tolist()
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        assert crowded.generate(text, params, use_tqdm=False)[0].outputs[0].token_ids == expected
