@@ -1,4 +1,4 @@
-"""Layers that the model families share. Weights are stored [in, out]: XLA's CPU products are fastest so in float32."""
+"""Layers that the model families share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+FEW_ROWS = 128  # up to here a CPU's product is faster with the weights on the left
+
 
 @dataclass(frozen=True, eq=False)
 class LayerChoice:
@@ -20,7 +22,7 @@ class LayerChoice:
     `matmul` picks one by a conditional, which reads it where it lies; indexing stacked kernels would copy it.
     """
 
-    kernels: tuple[jax.Array, ...]  # L of [in, out]
+    kernels: tuple[jax.Array, ...]  # L of [out, in]
     index: jax.Array  # int32 []
 
     def __getitem__(self, _: Any) -> LayerChoice:
@@ -28,25 +30,40 @@ class LayerChoice:
 
 
 def matmul(x: jax.Array, kernel: jax.Array | LayerChoice) -> jax.Array:
-    """x [..., in] · kernel [in, out], in float32."""
-
-    def product(kernel: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-
+    """x [T, in] · kernel [out, in] transposed: float32 [T, out]."""
     if isinstance(kernel, LayerChoice):
-        return lax.switch(kernel.index, [partial(product, one) for one in kernel.kernels], x)
-    return product(kernel, x)
+        return lax.switch(kernel.index, [partial(_product, one) for one in kernel.kernels], x)
+    return _product(kernel, x)
+
+
+def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    if 1 < x.shape[0] <= FEW_ROWS:
+        return lax.platform_dependent(kernel, x, cpu=_weights_left, default=_weights_right)
+    return _weights_right(kernel, x)
+
+
+def _weights_right(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _weights_left(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """For CPUs: XLA packs a product's right side and streams its left one, and weights should be read once.
+
+    The barrier keeps XLA from turning it round again (docs/decisions/0002-cpu-products.md).
+    """
+    y = lax.dot_general(kernel, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(y).T
 
 
 class Linear(nnx.Module):
-    """y = x · kernel + bias, accumulated in float32."""
+    """y = x · kernelᵀ + bias, accumulated in float32. Kernels are [out, in], as checkpoints have them."""
 
     def __init__(self, num_in: int, num_out: int, *, bias: bool = False, dtype: Any) -> None:
-        self.kernel = nnx.Param(jnp.zeros((num_in, num_out), dtype))
+        self.kernel = nnx.Param(jnp.zeros((num_out, num_in), dtype))
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] to [..., out]."""
+        """[T, in] to [T, out]."""
         y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
@@ -78,8 +95,8 @@ class Embedding(nnx.Module):
         return self.table[...].at[ids].get(mode="clip")
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 logits [..., V]."""
-        return lax.dot_general(x, self.table[...], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        """[S, D] to float32 logits [S, V]."""
+        return matmul(x, self.table[...])
 
 
 LAYER_MODES = ("unroll", "scan", "loop")

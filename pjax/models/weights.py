@@ -41,19 +41,17 @@ class Weight:
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors that, transposed if asked and joined on the last axis, make one parameter."""
+    """Tensors that, joined on the first axis, make one parameter."""
 
     parts: tuple[tuple[str, Shape], ...]
-    transpose: bool
 
     def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray]) -> None:
-        """Reads each part into its columns of `target`."""
+        """Reads each part into its rows of `target`."""
         start = 0
         for name, _ in self.parts:
             array = read(name)
-            array = array.T if self.transpose else array
-            target[..., start : start + array.shape[-1]] = array
-            start += array.shape[-1]
+            target[start : start + len(array)] = array
+            start += len(array)
 
 
 def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
@@ -64,11 +62,11 @@ def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
             where = path.format(layer)
             parts = tuple((name.format(layer), shape) for name, shape in weight.parts)
             if not weight.is_linear:
-                sources[where] = Source(parts, transpose=False)
+                sources[where] = Source(parts)
                 continue
-            sources[f"{where}.kernel"] = Source(tuple((f"{n}.weight", s) for n, s in parts), transpose=True)
+            sources[f"{where}.kernel"] = Source(tuple((f"{n}.weight", s) for n, s in parts))
             if weight.bias:
-                sources[f"{where}.bias"] = Source(tuple((f"{n}.bias", s[:1]) for n, s in parts), transpose=False)
+                sources[f"{where}.bias"] = Source(tuple((f"{n}.bias", s[:1]) for n, s in parts))
     return sources
 
 
