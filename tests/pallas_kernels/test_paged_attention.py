@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pjax.pallas_kernels import RaggedBatch, paged_attention
+from pjax.pallas_kernels.paged_attention import native
 from pjax.pallas_kernels.pages import pool_shape, write_kv
 
 # (query tokens, tokens in the cache after the step) of each row; decode rows come first
@@ -73,7 +74,7 @@ def expected(q, keys, values, rows, *, scale, window=None, softcap=None):
     return out, token
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("backend", ["native", "xla", "reference"])
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize(
     ("heads", "page_size", "options"),
@@ -83,11 +84,14 @@ def expected(q, keys, values, rows, *, scale, window=None, softcap=None):
         ((4, 1, 32), 32, {"sliding_window": 70}),
         ((8, 1, 16), 128, {"sliding_window": 1, "scale": 0.3}),
         ((2, 2, 16), 4, {"sliding_window": 33, "logit_softcap": 2.0}),
+        ((14, 2, 128), 16, {"sliding_window": 33, "logit_softcap": 2.0}),
     ],
     ids=str,
 )
 def test_matches_float64_and_never_reads_unowned_memory(backend, case, heads, page_size, options):
     num_heads, num_kv_heads, head_size = heads
+    if backend == "native" and head_size not in native.HEAD_SIZES:
+        pytest.skip(f"no native kernel for heads of {head_size}")
     q, pool, batch, keys, values, rows = make_case(
         case, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, dtype="float32"
     )
@@ -99,6 +103,17 @@ def test_matches_float64_and_never_reads_unowned_memory(backend, case, heads, pa
     )  # fmt: skip
     np.testing.assert_allclose(got[:num_live], want[:num_live], atol=2e-5, rtol=2e-5)
     assert (got[num_live:] == 0).all()
+
+
+def test_native_kernel_refuses_what_it_does_not_take():
+    q, pool, batch, *_ = make_case("one", page_size=8, num_heads=4, num_kv_heads=2, head_size=16, dtype="float32")
+    with pytest.raises(ValueError, match=r"'native' takes float32 and head sizes 64, .* but q is float32 of 16"):
+        paged_attention(q, pool, batch, num_kv_heads=2, backend="native")
+
+
+def test_native_kernel_was_built():
+    """The tests install pjax where a compiler is; without one this is the only test of it that fails."""
+    assert native.is_available()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.cpu import paged_attention_cpu
+from pjax.pallas_kernels.paged_attention.native import is_available, paged_attention_native, supports
 from pjax.pallas_kernels.paged_attention.reference import paged_attention_reference
 
-BACKENDS = {"xla": paged_attention_cpu, "reference": paged_attention_reference}
+BACKENDS = {"native": paged_attention_native, "xla": paged_attention_cpu, "reference": paged_attention_reference}
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,7 +38,8 @@ def paged_attention(
       scale: multiplies the logits; H ** -0.5 by default.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
       logit_softcap: logits become `c · tanh(logits / c)`.
-      backend: "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND says, else "xla".
+      backend: "native" (CPU, float32), "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
+        says, else the fastest that takes these arguments on this platform.
 
     Returns:
       [T, N, H] in q's dtype. Padding tokens give zeros.
@@ -46,7 +48,7 @@ def paged_attention(
       ValueError: shapes or dtypes do not fit; the message names the argument, its value and the bound.
     """
     _check(q, pages, batch, num_kv_heads, sliding_window, logit_softcap)
-    name = backend or os.environ.get(BACKEND_VARIABLE) or "xla"
+    name = backend or os.environ.get(BACKEND_VARIABLE) or _fastest(q, pages)
     if name not in BACKENDS:
         raise ValueError(f"attention backend is {name!r}, but must be one of {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name](
@@ -58,6 +60,10 @@ def paged_attention(
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
     )
+
+
+def _fastest(q: jax.Array, pages: jax.Array) -> str:
+    return "native" if jax.default_backend() == "cpu" and supports(q, pages) and is_available() else "xla"
 
 
 def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None) -> None:

@@ -1,0 +1,24 @@
+"""Builds the native CPU kernel where a C++ compiler and jaxlib's headers are; pjax works without it, slower on CPUs."""
+
+import importlib.util
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+FOLDER = "pjax/pallas_kernels/paged_attention/native"
+FLAGS = "-std=c++17 -O2 -ftree-vectorize -funroll-loops -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -w".split()
+
+
+def extensions() -> list[Extension]:
+    """The kernel's library, loaded by ctypes: it has no Python module in it."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    if jaxlib is None or jaxlib.origin is None:
+        return []
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    include = str(Path(jaxlib.origin).parent / "include")
+    name = FOLDER.replace("/", ".") + "._library"
+    return [Extension(name, [f"{FOLDER}/paged_attention.cc"], include_dirs=[include], extra_compile_args=FLAGS + wide, optional=True)]
+
+
+setup(ext_modules=extensions())
