@@ -55,6 +55,7 @@ test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
 
 format: $(VENV)/.test ## format, and mend what the linter can mend
 	$(VENV)/bin/python -m ruff check --fix-only .

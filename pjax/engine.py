@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,12 +145,13 @@ class LLMEngine:
             if self.tokenizer is None:
                 raise InvalidRequestError(f"prompt is text, but skip_tokenizer_init is set: give token ids (request {request_id!r})")
             return self.tokenizer.encode(prompt)
-        try:
-            ids = [int(i) if isinstance(i, int | np.integer) and not isinstance(i, bool) else -1 for i in prompt]
-        except TypeError:
-            raise InvalidRequestError(
-                f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})"
-            ) from None
+        if not isinstance(prompt, Iterable):
+            raise InvalidRequestError(f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})")
+        ids = []
+        for index, token in enumerate(prompt):
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise InvalidRequestError(f"prompt has {token!r} at {index}, but must have token ids (request {request_id!r})")
+            ids.append(int(token))
         self._check_ids(ids, "prompt", request_id)
         return ids
 

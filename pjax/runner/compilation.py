@@ -17,7 +17,7 @@ def use_compilation_cache(folder: str | None) -> None:
       folder: "auto" keeps a cache that the user has set up (JAX_COMPILATION_CACHE_DIR) and else takes ~/.cache/pjax;
         None leaves JAX as it is.
     """
-    if folder is None or (folder == "auto" and jax.config.jax_compilation_cache_dir):
+    if folder is None or (folder == "auto" and getattr(jax.config, "jax_compilation_cache_dir", None)):
         return
     if folder == "auto":
         folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pjax" / "xla")

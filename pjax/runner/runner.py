@@ -80,9 +80,7 @@ class ModelRunner:
 
     def set_params(self, params: Any) -> None:
         """Gives the weights, a state as `ModelSource.load` returns it; compilation may begin before."""
-        leaves, structure = jax.tree.flatten(params)
-        assert structure == self._structure
-        self._params = leaves
+        self._params = jax.tree.leaves(params)
 
     def execute(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> StepResult:
         """Runs one step and waits for its tokens.

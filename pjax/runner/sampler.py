@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 MASKED = -jnp.inf
@@ -124,8 +125,8 @@ def _largest_threshold(logits: jax.Array, enough: object) -> jax.Array:
     """int32 [S]: the largest threshold for which `enough(ordered bits >= threshold)` holds in each row."""
     assert callable(enough)
     bits = _ordered_bits(logits)
-    low = jnp.full(logits.shape[:1], jnp.iinfo(jnp.int32).min, jnp.int32)  # always enough
-    high = jnp.full(logits.shape[:1], jnp.iinfo(jnp.int32).max, jnp.int32)  # never enough: above +inf's bits
+    low = jnp.full(logits.shape[:1], np.iinfo(np.int32).min, jnp.int32)  # always enough
+    high = jnp.full(logits.shape[:1], np.iinfo(np.int32).max, jnp.int32)  # never enough: above +inf's bits
 
     def body(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds

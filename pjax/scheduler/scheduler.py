@@ -46,9 +46,20 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # unfinished
         self._num_added = 0
 
-    num_waiting = property(lambda self: len(self._waiting), doc="Requests that wait for a row or for pages.")
-    num_running = property(lambda self: len(self._running), doc="Requests that have a row.")
-    has_work = property(lambda self: bool(self._requests), doc="Whether any request is unfinished.")
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a row or for pages."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
 
     # ---- requests
 

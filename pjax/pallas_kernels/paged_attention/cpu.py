@@ -70,7 +70,7 @@ def _flash(
     queries = (queries.astype(jnp.float32) * settings.scale).astype(queries.dtype)
     lead = queries.shape[:-1]
 
-    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         index, top, total, acc = carry
         positions = index * block + jnp.arange(block, dtype=jnp.int32)
         kv = read_block(index)

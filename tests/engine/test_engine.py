@@ -1,0 +1,281 @@
+"""The engine on a made-up checkpoint: no compile after warm-up, bad input that costs nobody else anything, stops, seeds."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, LLMEngine, SamplingParams, UnsupportedError
+from pjax.config import EngineConfig
+from tests.tiny import CONFIG, write_model
+
+VOCAB = CONFIG["vocab_size"]
+OPTIONS: dict[str, Any] = {
+    "lazy": True,
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "num_pages": 16,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, **OPTIONS)
+
+
+def greedy(max_tokens: int = 8, **fields: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **fields)
+
+
+def ids(llm: LLM, prompt: Any, params: SamplingParams) -> list[int]:
+    return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_warm_up(folder: Path) -> None:
+    llm = LLM(folder, **OPTIONS | {"lazy": False})
+    runner = llm.engine.runner
+    warm = runner.num_compilations
+    assert warm == len(runner.buckets)
+    rng = np.random.default_rng(3)
+    engine, left, most = llm.engine, 200, 0
+    while left or engine.has_unfinished_requests:
+        for _ in range(min(left, int(rng.integers(0, 4)))):
+            left -= 1
+            prompt = rng.integers(0, VOCAB, rng.integers(1, 60)).tolist()
+            wild = SamplingParams(
+                max_tokens=int(rng.integers(1, 30)),
+                temperature=float(rng.choice([0, 0.7])),
+                top_k=int(rng.choice([0, 5])),
+                top_p=float(rng.choice([1, 0.8])),
+                logprobs=rng.choice([None, 3]),
+            )
+            request_id = engine.add_request(prompt, wild)
+            if rng.random() < 0.1:
+                engine.abort_request(request_id)
+        engine.step()
+        engine.scheduler.check()
+        most = max(most, engine.scheduler.num_running)
+    assert runner.num_compilations == warm
+    assert most == 4
+    assert engine.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty, but must have at least 1 token"),
+        ([], "prompt is empty"),
+        ([1] * 96, "prompt has 96 tokens, but max_model_len is 96"),
+        ([0, VOCAB], rf"prompt has token id {VOCAB} at 1, but ids must be in \[0, {VOCAB}\)"),
+        ([0, -1], "prompt has token id -1 at 1"),
+        ([0, 1.5], "prompt has 1.5 at 1, but must have token ids"),
+        (7, "prompt is int, but must be text or token ids"),
+    ],
+    ids=str,
+)
+def test_bad_prompts_cost_nobody_anything(llm: LLM, prompt: Any, message: str) -> None:
+    alone = ids(llm, "hello", greedy())
+    engine = llm.engine
+    engine.add_request("hello", greedy(), "good")
+    outputs = engine.step()
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request(prompt, greedy(), "bad")
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    assert outputs[-1].request_id == "good"
+    assert outputs[-1].outputs[0].token_ids == alone
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(["fine", prompt], greedy(), use_tqdm=False)
+    assert not engine.has_unfinished_requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0, but must be an integer >= 1"),
+        ({"max_tokens": -3}, "max_tokens is -3"),
+        ({"temperature": -0.1}, "temperature is -0.1, but must be a finite number >= 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0}, r"top_p is 0, but must be in \(0, 1\]"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"seed": -1}, "seed is -1"),
+        ({"logprobs": 21}, r"logprobs is 21, but must be an integer in \[0, 20\]"),
+        ({"stop": [""]}, "stop is ''"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids is -1"),
+    ],
+    ids=str,
+)
+def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**fields)
+
+
+def test_a_parameter_that_is_not_applied_is_refused() -> None:
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="tensor_parallel"):
+        LLM("nowhere", tensor_parallel=2)
+
+
+def test_a_request_that_can_never_fit_is_refused(folder: Path) -> None:
+    llm = LLM(folder, **OPTIONS | {"num_pages": 2})
+    with pytest.raises(InvalidRequestError, match=r"need 3 pages \(20 \+ 20 tokens\), but the page pool has 2"):
+        llm.generate([list(range(20))], greedy(20), use_tqdm=False)
+    assert len(ids(llm, [list(range(20))], greedy(12))) == 12
+
+
+def test_bad_models(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        LLM(tmp_path, **OPTIONS)
+    with pytest.raises(UnsupportedError, match=r"MambaForCausalLM is not supported; supported: .*LlamaForCausalLM"):
+        LLM(write_model(tmp_path / "mamba", architectures=["MambaForCausalLM"]), **OPTIONS)
+    with pytest.raises(ConfigError, match="max_model_len is 9000, but the model's own limit is 256"):
+        LLM(folder, **OPTIONS | {"max_model_len": 9000})
+    with pytest.raises(ConfigError, match="kv_cache_memory is 10 bytes, but one page takes 4096"):
+        LLM(folder, **OPTIONS | {"num_pages": None, "kv_cache_memory": 10})
+    broken = write_model(tmp_path / "broken")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(broken, **OPTIONS)
+
+
+def test_prompts_of_every_shape(llm: LLM) -> None:
+    tokens = llm.get_tokenizer().encode("hello")
+    expected = ids(llm, "hello", greedy())
+    assert ids(llm, ["hello"], greedy()) == expected
+    assert ids(llm, tokens, greedy()) == expected
+    assert ids(llm, np.array(tokens), greedy()) == expected
+    both = llm.generate([tokens, "hell"], [greedy(), greedy(3)], use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in both] == [8, 3]
+    assert both[0].outputs[0].token_ids == expected
+    assert both[0].prompt is None
+    assert both[1].prompt == "hell"
+    assert llm.generate([], use_tqdm=False) == []
+    with pytest.raises(InvalidRequestError, match="1 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], [greedy()], use_tqdm=False)
+
+
+def test_outputs_tell_how_they_ended(llm: LLM) -> None:
+    output = llm.generate("hello", greedy(5), use_tqdm=False)[0]
+    assert output.finished
+    assert output.prompt == "hello"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("hello")
+    assert output.outputs[0].finish_reason == "length"
+    assert output.outputs[0].logprobs is None
+    metrics = output.metrics
+    assert metrics.arrival_time <= metrics.first_scheduled_time <= metrics.first_token_time <= metrics.finished_time
+    tokens = output.outputs[0].token_ids
+    stopped = llm.generate("hello", greedy(5, stop_token_ids=[tokens[2]]), use_tqdm=False)[0].outputs[0]
+    first = tokens.index(tokens[2])
+    assert (stopped.token_ids, stopped.finish_reason, stopped.stop_reason) == (tokens[: first + 1], "stop", tokens[2])
+
+
+def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
+    whole = llm.generate("hello", greedy(40), use_tqdm=False)[0].outputs[0].text
+    stop = whole[7:9]
+    first = whole.index(stop)
+    cut = llm.generate("hello", greedy(40, stop=stop), use_tqdm=False)[0].outputs[0]
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole[:first], "stop", stop)
+    kept = llm.generate("hello", greedy(40, stop=[stop], include_stop_str_in_output=True), use_tqdm=False)[0].outputs[0]
+    assert kept.text == whole[: first + len(stop)]
+    assert not llm.engine.has_unfinished_requests
+
+
+def test_text_grows_and_never_changes(llm: LLM) -> None:
+    """Random bytes: most tokens end within a character."""
+    engine = llm.engine
+    engine.add_request("hello", SamplingParams(max_tokens=60, seed=5, ignore_eos=True))
+    text = ""
+    while engine.has_unfinished_requests:
+        for output in engine.step():
+            assert output.outputs[0].text.startswith(text)
+            text = output.outputs[0].text
+    assert text == llm.get_tokenizer().decode(output.outputs[0].token_ids)
+
+
+def test_a_seed_decides_the_draws_whatever_runs_beside(llm: LLM) -> None:
+    def drawn(seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=12, seed=seed, top_p=0.95, ignore_eos=True)
+
+    alone = ids(llm, "hello", drawn(11))
+    crowd = llm.generate(["a", "hello", "other", "hello", "b", "hello"], [drawn(s) for s in (1, 11, 2, 12, 3, 11)], use_tqdm=False)
+    assert crowd[1].outputs[0].token_ids == alone
+    assert crowd[5].outputs[0].token_ids == alone
+    assert crowd[3].outputs[0].token_ids != alone
+
+
+def test_logprobs_are_of_the_model_itself(llm: LLM) -> None:
+    output = llm.generate("hello", SamplingParams(max_tokens=6, temperature=0.5, seed=0, logprobs=4, ignore_eos=True), use_tqdm=False)[
+        0
+    ].outputs[0]
+    assert output.cumulative_logprob == pytest.approx(sum(entry[t].logprob for entry, t in zip(output.logprobs, output.token_ids)))
+    for entry, token in zip(output.logprobs, output.token_ids, strict=True):
+        assert len(entry) in (4, 5)
+        ranked = sorted(entry.values(), key=lambda one: one.rank)
+        assert [one.rank for one in ranked[:4]] == [1, 2, 3, 4]
+        assert all(a.logprob >= b.logprob for a, b in itertools.pairwise(ranked))
+        assert entry[token].decoded_token == llm.get_tokenizer().decode([token])
+
+
+def test_chat_applies_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    output = llm.chat(messages, greedy(), use_tqdm=False)[0]
+    expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert llm.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False) == expected
+    assert output.prompt_token_ids[0] == 258
+    assert [o.prompt_token_ids for o in llm.chat([messages, messages], greedy(1), use_tqdm=False)] == [output.prompt_token_ids] * 2
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path, llm: LLM) -> None:
+    bare = LLM(write_model(tmp_path / "bare", tokenizer=False), skip_tokenizer_init=True, **OPTIONS)
+    output = bare.generate([[1, 2, 3]], greedy(), use_tqdm=False)[0].outputs[0]
+    assert output.token_ids == ids(llm, [[1, 2, 3]], greedy())
+    assert output.text == ""
+    for call, message in (
+        (lambda: bare.generate("text", use_tqdm=False), "give token ids"),
+        (lambda: bare.generate([[1]], SamplingParams(stop="a"), use_tqdm=False), "stop strings need a tokenizer"),
+        (bare.get_tokenizer, "there is no tokenizer"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            call()
+
+
+def test_end_of_sequence_ends_unless_ignored(llm: LLM) -> None:
+    engine = llm.engine
+    eos = ids(llm, "hello", greedy(4))[3]
+    kept, engine._eos = engine._eos, frozenset({eos})
+    try:
+        output = llm.generate("hello", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)[0].outputs[0]
+        assert (output.finish_reason, output.stop_reason, output.token_ids[-1]) == ("stop", None, eos)
+        assert len(ids(llm, "hello", greedy(9))) == 9
+    finally:
+        engine._eos = kept
+
+
+def test_abort_frees_pages_and_leaves_others_alone(folder: Path, llm: LLM) -> None:
+    engine = LLMEngine(folder, EngineConfig(**{k: v for k, v in OPTIONS.items() if k != "progress"}), progress=False)
+    for name in ("a", "b", "c"):
+        engine.add_request("hello", greedy(), name)
+    engine.step()
+    assert engine.abort_request("b")
+    assert not engine.abort_request("b")
+    done = {}
+    while engine.has_unfinished_requests:
+        done |= {output.request_id: output.outputs[0].token_ids for output in engine.step() if output.finished}
+    assert done == dict.fromkeys("ac", ids(llm, "hello", greedy()))
+    assert engine.scheduler.pool.num_used == 0
