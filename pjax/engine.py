@@ -65,6 +65,7 @@ class LLMEngine:
         self._eos = frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ())
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         num_pages = choose_num_pages(config, source.config, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
+        log.info("%s: %.2f GiB of %s weights, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, layer_mode)
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
         limits: dict[str, int] = {
             "num_pages": num_pages,

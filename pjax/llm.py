@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pjax.config import EngineConfig
 from pjax.engine import LLMEngine, Prompt
 from pjax.errors import InvalidRequestError
+from pjax.logs import show_logs
 from pjax.outputs import RequestOutput
 from pjax.params import SamplingParams
 from pjax.text.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ class LLM:
       model: a Hugging Face folder, a .gguf file, or a hub id.
       dtype: "auto", "float32", "bfloat16" or "float16".
       skip_tokenizer_init: token ids in, token ids out; the checkpoint needs no tokenizer.
+      progress: show progress bars and log messages.
       options: any other field of `pjax.config.EngineConfig` (max_model_len, max_num_seqs, max_num_batched_tokens, seed, …).
 
     Raises ConfigError, CheckpointError or UnsupportedError, and TypeError for an option that does not exist.
@@ -34,6 +36,8 @@ class LLM:
         self, model: str | Path, *, dtype: str = "auto", skip_tokenizer_init: bool = False, progress: bool = True, **options: Any
     ) -> None:
         config = EngineConfig(dtype=dtype, **options)
+        if progress:
+            show_logs()
         self.engine = LLMEngine(model, config, skip_tokenizer_init=skip_tokenizer_init, progress=progress)
 
     def get_tokenizer(self) -> Tokenizer:

@@ -34,7 +34,16 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
     fits = int(free // one)
     if fits < 1:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
-    return min(fits, useful)
+    return useful if useful <= fits else _round_down(fits)
+
+
+def _round_down(count: int) -> int:
+    """The largest number of 5 leading bits up to `count`.
+
+    The pool's size is part of every compiled step: an odd page more or less of free memory must not miss the cache.
+    """
+    step = 1 << max(count.bit_length() - 5, 0)
+    return count // step * step
 
 
 def _free_bytes() -> float:

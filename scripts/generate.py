@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import logging
 import re
 import sys
 import time
@@ -77,10 +76,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """From the arguments, a file, or standard input."""
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
     if args.file is not None:
-        lines = args.file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = args.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"generate.py: --file {args.file}: {error}")
         prompts += [line for line in lines if line.strip()]
     if not prompts and args.file is None and not sys.stdin.isatty():
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [text] if (text := sys.stdin.read().rstrip("\n")) else []
     if not prompts:
         sys.exit("generate.py: there is no prompt; give one as an argument, by --file, or on standard input (see --help)")
     return prompts
@@ -212,13 +214,13 @@ def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
 def main() -> None:
     """Parses the command line and streams the completions."""
     args = parse()
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
-    if args.verbose:
-        logging.getLogger("pjax").setLevel(logging.INFO)
     prompts = read_prompts(args)
 
     from pjax.errors import PjaxError
+    from pjax.logs import show_logs
 
+    if args.verbose:
+        show_logs()
     try:
         params = sampling_params(args)
         engine = make_engine(args, len(prompts))

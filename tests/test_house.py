@@ -25,6 +25,7 @@ PACKAGE = ROOT / "pjax"
 # A new part gets a line here; pjax/__init__.py is not a part: it names its exports lazily.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "logs": {"errors"},
     "params": {"errors"},
     "outputs": {"errors"},
     "config": {"errors"},

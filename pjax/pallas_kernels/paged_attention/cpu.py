@@ -3,7 +3,7 @@
 Decode rows go in groups: one gather of a few pages for each row of a group, then one batched product. The runner sorts
 them by length, so that rows of a group end together. Rows with more tokens go in tiles of `Q_TILE` query tokens, each
 over its own sequence's pages up to its last position. Loops run on trip counts that the device computes: a padded row
-or tile costs nothing. Sizes were chosen by measurement (docs/decisions/0002-cpu-attention.md).
+or tile costs nothing. Sizes were chosen by measurement (docs/decisions/0003-cpu-attention.md).
 """
 
 from __future__ import annotations

@@ -1,0 +1,65 @@
+"""scripts/generate.py as a program, on a made-up model: where prompts come from, what is printed, how errors read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+def generate(*arguments: str, cache: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONUTF8": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), *arguments]
+    return subprocess.run(command, input=stdin or "", capture_output=True, encoding="utf-8", timeout=200, env=environment, check=False)
+
+
+@pytest.mark.slow
+def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: Path) -> None:
+    common = ("--model", str(model), "--max-tokens", "6", "--ignore-eos")
+    (tmp_path / "prompts.txt").write_text("two\n\nthree\n")
+    result = generate("one", "--file", str(tmp_path / "prompts.txt"), "--json", "--stats", *common, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["prompt"] for record in records] == ["one", "two", "three"]
+    assert all(len(record["token_ids"]) == 6 and record["finish_reason"] == "length" for record in records)
+    assert [record["num_prompt_tokens"] for record in records] == [3, 3, 5]
+    assert "prompts          3 (11 tokens in, 18 out)" in result.stderr
+    assert "first token" in result.stderr
+    piped = generate(*common, cache=tmp_path, stdin="one\n")
+    assert piped.stdout == records[0]["text"] + "\n"
+    assert piped.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is no prompt"),
+        (("a", "--top-p", "2"), "top_p is 2.0, but must be in (0, 1]"),
+        (("a", "--max-tokens", "0"), "max_tokens is 0"),
+        (("a", "--model", "/nowhere"), "/nowhere does not exist"),
+        (("a", "--kv-cache-memory", "lots"), "'lots' is no size such as 500M or 2G"),
+        (("--file", "/nowhere.txt"), "/nowhere.txt"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, model: Path, tmp_path: Path) -> None:
+    if "--model" not in arguments:
+        arguments = (*arguments, "--model", str(model))
+    result = generate(*arguments, cache=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,49 @@
+"""How many pages the pool gets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pjax import ConfigError, memory
+from pjax.config import EngineConfig
+
+MODEL = SimpleNamespace(num_layers=2, num_kv_heads=3, head_size=64)
+PAGE = 2 * 2 * 16 * 3 * 64 * 4  # bytes: keys and values, layers, tokens, heads, head size, float32
+
+
+def pages(monkeypatch: pytest.MonkeyPatch, free: float, *, weight_bytes: int = 0, **fields: object) -> int:
+    monkeypatch.setattr(memory, "_free_bytes", lambda: free)
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    return memory.choose_num_pages(EngineConfig(**fields), MODEL, "float32", 1024, weight_bytes=weight_bytes)
+
+
+def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pages(monkeypatch, 0, num_pages=7) == 7
+    assert pages(monkeypatch, 0, kv_cache_memory=5 * PAGE + 1) == 5
+    with pytest.raises(ConfigError, match=f"kv_cache_memory is {PAGE - 1} bytes, but one page takes {PAGE}"):
+        pages(monkeypatch, 0, kv_cache_memory=PAGE - 1)
+
+
+def test_a_share_of_what_is_free_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pages(monkeypatch, 10 * PAGE, memory_share=0.5) == 5
+    assert pages(monkeypatch, 10 * PAGE, memory_share=0.5, weight_bytes=4 * PAGE) == 3
+    with pytest.raises(ConfigError, match="bytes for the page pool, but one page takes"):
+        pages(monkeypatch, 10 * PAGE, weight_bytes=10 * PAGE)
+
+
+def test_no_more_than_all_sequences_at_full_length_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pages(monkeypatch, 1e12, max_num_seqs=3) == 3 * 64
+
+
+def test_a_little_more_or_less_free_memory_gives_the_same_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's size is part of a compiled step's shape: a new one would miss the compilation cache."""
+    counts = {pages(monkeypatch, free * PAGE, memory_share=1.0) for free in range(3190, 3290)}
+    assert len(counts) == 2
+    assert all(0.93 * 3190 <= count < 3290 for count in counts)
+
+
+def test_the_log_line_says_what_fits() -> None:
+    line = memory.describe_pool(100, 16, 512)
+    assert line == "page pool: 100 pages of 16 = 1600 tokens, 3.1 requests of 512 tokens"
