@@ -84,7 +84,8 @@ def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Sampled:
 
 def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
-    scaled = filter_logits(logits / temperature[:, None], params)
+    # The likeliest token's logit becomes 0 before the division: however small the temperature, it stays finite.
+    scaled = filter_logits((logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None], params)
     uniform = jax.vmap(_uniform)(params.seed, positions)
     return pick(jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), uniform)
 
@@ -111,13 +112,14 @@ def _top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 def _top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(logits, axis=-1)
     wanted = jnp.where(top_p < 1, top_p, 0.0)
+    wanted = jnp.maximum(wanted, jnp.finfo(jnp.float32).tiny)  # however small p is, the likeliest token stays
     least = _largest_threshold(logits, lambda mask: jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted)
     return jnp.where((_ordered_bits(logits) >= least[:, None]) | (top_p >= 1)[:, None], logits, MASKED)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """int32 that orders as the float32 does."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    """int32 that orders as the float32 does; -0 and 0 are the same."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
@@ -140,14 +142,18 @@ def _largest_threshold(logits: jax.Array, enough: object) -> jax.Array:
 def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """int32 [S]: token i with probability weights[i] / sum(weights), from one uniform number in [0, 1) a row."""
     rows, vocab = weights.shape
-    padded = jnp.pad(weights, ((0, 0), (0, -vocab % CHUNK))).reshape(rows, -1, CHUNK)
-    sums = jnp.cumsum(padded.sum(axis=-1), axis=-1)
-    target = uniform * sums[:, -1]
-    chunk = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1, dtype=jnp.int32), sums.shape[1] - 1)
-    before = jnp.where(chunk > 0, jnp.take_along_axis(sums, jnp.maximum(chunk - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
-    inside = jnp.take_along_axis(padded, chunk[:, None, None], axis=1)[:, 0]
-    running = jnp.cumsum(inside, axis=-1)
-    index = jnp.sum(running <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
-    # Rounding may point past the chunk's last live token; take that one.
-    last = CHUNK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1).astype(jnp.int32)
-    return chunk * CHUNK + jnp.minimum(index, last)
+    chunks = jnp.pad(weights, ((0, 0), (0, -vocab % CHUNK))).reshape(rows, -1, CHUNK)
+    sums = chunks.sum(axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    target = uniform * ends[:, -1]
+    chunk = _first_past(ends, target, sums > 0)
+    before = jnp.where(chunk > 0, jnp.take_along_axis(ends, jnp.maximum(chunk - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
+    return chunk * CHUNK + _first_past(jnp.cumsum(inside, axis=-1), target - before, inside > 0)
+
+
+def _first_past(ends: jax.Array, target: jax.Array, live: jax.Array) -> jax.Array:
+    """int32 [S]: the first live column of cumulative sums [S, C] past the target; rounding may leave none, then the last live one."""
+    past = live & (ends > target[:, None])
+    last = live.shape[-1] - 1 - jnp.argmax(live[:, ::-1], axis=-1)
+    return jnp.where(past.any(axis=-1), jnp.argmax(past, axis=-1), last).astype(jnp.int32)

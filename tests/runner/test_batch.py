@@ -1,0 +1,227 @@
+"""Packing against a slow and obvious one; every plan that a scheduler can make finds one of few buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pjax.outputs import RequestMetrics
+from pjax.params import SamplingParams
+from pjax.runner.batch import Bucket, SamplingTable, find_bucket, make_buckets, pack
+from pjax.scheduler import Request, StepPlan
+
+COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs")
+PADDING = (0.0, 0, 1.0, 0.0, (0, 0), -1)
+
+
+@dataclass
+class Row:
+    """One row of a plan, and what its sampled token is asked for."""
+
+    table_row: int
+    start: int
+    count: int
+    samples: bool
+    params: SamplingParams
+    seed: int
+
+    def sampling(self) -> tuple[Any, ...]:
+        p = self.params
+        top_p, temperature, min_p = (float(np.float32(value)) for value in (p.top_p, p.temperature, p.min_p))
+        seed = divmod(self.seed, 2**32)
+        return temperature, max(p.top_k, 0), top_p, min_p, seed, -1 if p.logprobs is None else p.logprobs
+
+
+def make_plan(rows: list[Row]) -> StepPlan:
+    def ints(name: str) -> Any:
+        return np.array([getattr(row, name) for row in rows], np.int32)
+
+    samples = np.array([row.samples for row in rows], bool)
+    requests = [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=[1],
+            params=row.params,
+            max_tokens=1,
+            stop_token_ids=frozenset(),
+            eos_token_ids=frozenset(),
+            seed=row.seed,
+            metrics=RequestMetrics(0.0),
+        )
+        for index, row in enumerate(rows)
+    ]
+    return StepPlan(requests, ints("table_row"), ints("start"), ints("count"), samples, sum(row.count == 1 for row in rows))
+
+
+def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket) -> tuple[dict[str, Any], list[int]]:
+    """`pack` as the runner calls it; the arrays by name, as lists."""
+    plan = make_plan(rows)
+    table = SamplingTable(len(tokens))
+    for row, request in zip(rows, plan.requests, strict=True):
+        table.set(row.table_row, request, row.params, row.seed)
+    packed, order = pack(plan, tokens, block_tables, table, bucket)
+    for array in jax.tree.leaves(packed):
+        assert array.dtype in (np.int32, np.uint32, np.float32), "else the compiled step would not take it"
+    assert packed.batch.decode_only == bucket.decode_only
+    named = {
+        "token_ids": packed.token_ids,
+        "row_starts": packed.batch.row_starts,
+        "kv_lens": packed.batch.kv_lens,
+        "block_tables": packed.batch.block_tables,
+        "num_decode": packed.batch.num_decode,
+        "sample_tokens": packed.sample_tokens,
+        "sample_positions": packed.sample_positions,
+        "num_samples": packed.num_samples,
+    }
+    out = {name: np.asarray(array).tolist() for name, array in named.items()}
+    columns = [np.asarray(getattr(packed.sampling, name)).tolist() for name in COLUMNS]
+    out["sampling"] = [tuple(tuple(x) if isinstance(x, list) else x for x in values) for values in zip(*columns, strict=True)]
+    return out, order.tolist()
+
+
+def pack_slowly(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket) -> tuple[dict[str, Any], list[int]]:
+    """One token after the other: rows of one token first, longest first, then the others as they come."""
+    indexed = sorted(enumerate(rows), key=lambda item: (item[1].count > 1, -item[1].start if item[1].count == 1 else 0))
+    out: dict[str, Any] = {name: [] for name in ("token_ids", "kv_lens", "block_tables", "sample_tokens", "sample_positions", "sampling")}
+    out["row_starts"], order = [0], []
+    for index, row in indexed:
+        for position in range(row.start, row.start + row.count):
+            out["token_ids"].append(int(tokens[row.table_row, position]))
+        out["row_starts"].append(len(out["token_ids"]))
+        out["kv_lens"].append(row.start + row.count)
+        out["block_tables"].append(block_tables[row.table_row].tolist())
+        if row.samples:
+            out["sample_tokens"].append(len(out["token_ids"]) - 1)
+            out["sample_positions"].append(row.start + row.count)
+            out["sampling"].append(row.sampling())
+            order.append(index)
+    out["num_decode"] = sum(row.count == 1 for row in rows)
+    out["num_samples"] = len(order)
+    width, used = block_tables.shape[1], len(out["token_ids"])
+    fill = {"kv_lens": 0, "block_tables": [0] * width, "sample_tokens": 0, "sample_positions": 0, "sampling": PADDING}
+    for name, value in fill.items():
+        out[name] += [value] * (bucket.num_rows - len(out[name]))
+    out["token_ids"] += [0] * (bucket.num_tokens - used)
+    out["row_starts"] += [used] * (bucket.num_rows + 1 - len(out["row_starts"]))
+    return out, order
+
+
+sampling_params = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 2, width=32),
+    top_k=st.integers(-1, 50),
+    top_p=st.floats(0.125, 1, width=32),
+    min_p=st.floats(0, 1, width=32),
+    logprobs=st.none() | st.integers(0, 20),
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int]:
+    """Rows as the scheduler orders them, the tables of all rows, and max_num_seqs."""
+    max_num_seqs, page_size, length = draw(st.integers(1, 9)), draw(st.integers(1, 5)), 40
+    tokens = np.arange(max_num_seqs * length, dtype=np.int32).reshape(max_num_seqs, length) + 1
+    width = -(-length // page_size)
+    block_tables = np.arange(max_num_seqs * width, dtype=np.int32).reshape(max_num_seqs, width)[::-1] + 7
+    rows = []
+    for table_row in draw(st.permutations(range(max_num_seqs)))[: draw(st.integers(1, max_num_seqs))]:
+        count = draw(st.sampled_from([1, 1, 1, 2, 5, 16]))
+        start = draw(st.integers(0, length - 1 - count))
+        rows.append(Row(table_row, start, count, draw(st.booleans()), draw(sampling_params), draw(st.integers(0, 2**63 - 1))))
+    return sorted(rows, key=lambda row: row.count > 1), tokens, block_tables, max_num_seqs
+
+
+@given(plan=plans(), spare=st.integers(0, 30))
+@settings(max_examples=200, deadline=None)
+def test_pack(plan: tuple[list[Row], Any, Any, int], spare: int) -> None:
+    rows, tokens, block_tables, max_num_seqs = plan
+    used = sum(row.count for row in rows)
+    bucket = find_bucket(make_buckets(max_num_seqs, max(used, max_num_seqs) + spare), used, len(rows), used == len(rows))
+    expected, expected_order = pack_slowly(rows, tokens, block_tables, bucket)
+    packed, order = pack_rows(rows, tokens, block_tables, bucket)
+    for name in expected:
+        assert packed[name] == expected[name], name
+    assert order == expected_order
+
+
+def test_pack_of_a_small_plan() -> None:
+    tokens = np.array([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35]], np.int32)
+    block_tables = np.array([[4, 5, 6], [1, 2, 3], [7, 8, 9]], np.int32)
+    cold, hot = SamplingParams(temperature=0, top_k=-1), SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, logprobs=2)
+    rows = [Row(1, 2, 1, True, cold, 1), Row(0, 4, 1, True, hot, (5 << 32) + 6), Row(2, 1, 3, False, hot, 0)]
+    packed, order = pack_rows(rows, tokens, block_tables, Bucket(False, 8, 4))
+    assert packed == {
+        "token_ids": [14, 22, 31, 32, 33, 0, 0, 0],
+        "row_starts": [0, 1, 2, 5, 5],
+        "kv_lens": [5, 3, 4, 0],
+        "block_tables": [[4, 5, 6], [1, 2, 3], [7, 8, 9], [0, 0, 0]],
+        "num_decode": 2,
+        "sample_tokens": [0, 1, 0, 0],
+        "sample_positions": [5, 3, 0, 0],
+        "num_samples": 2,
+        "sampling": [(0.5, 3, 0.25, 0.125, (5, 6), 2), (0.0, 0, 1.0, 0.0, (0, 1), -1), PADDING, PADDING],
+    }
+    assert order == [1, 0], "the longer decode row comes first"
+
+
+def test_decode_rows_of_one_length_stay_in_order() -> None:
+    rows = [Row(i, start, 1, True, SamplingParams(), i) for i, start in enumerate([3, 5, 3, 5, 4])]
+    assert pack_rows(rows, np.zeros((5, 8), np.int32), np.zeros((5, 2), np.int32), Bucket(True, 8, 8))[1] == [1, 3, 4, 0, 2]
+
+
+def test_a_row_of_the_sampling_table_has_its_last_owner() -> None:
+    table, first, second = SamplingTable(3), object(), object()
+    table.set(1, first, SamplingParams(temperature=0.5, top_k=2**40, logprobs=0), 2**63 - 1)
+    (row,) = zip(*(getattr(table.gather(np.array([1]), 1), name).tolist() for name in COLUMNS), strict=True)
+    assert row == (0.5, 2**31 - 1, 1.0, 0.0, [2**31 - 1, 2**32 - 1], 0)
+    table.set(1, first, SamplingParams(temperature=0.25), 0)
+    assert table.temperature.tolist() == [0, 0.5, 0], "parameters of one request never change"
+    table.set(1, second, SamplingParams(temperature=0.25, top_p=0.5), 3)
+    table.set(0, first, SamplingParams(temperature=1.5, logprobs=4), 4)
+    gathered = table.gather(np.array([1, 0, 1], np.int32), 4)
+    assert gathered.temperature.tolist() == [0.25, 1.5, 0.25, 0] and gathered.top_p.tolist() == [0.5, 1, 0.5, 1]
+    assert gathered.seed.tolist() == [[0, 3], [0, 4], [0, 3], [0, 0]] and gathered.num_logprobs.tolist() == [-1, 4, -1, -1]
+    assert gathered.top_k.tolist() == [0, 0, 0, 0]
+
+
+# ---- buckets
+
+
+def possible_plans(max_num_seqs: int, budget: int) -> Iterator[tuple[int, int, bool]]:
+    """(tokens, rows, whether every row has one token) of every plan that keeps to its limits."""
+    for rows in range(1, max_num_seqs + 1):
+        yield rows, rows, True
+        yield from ((tokens, rows, False) for tokens in range(rows + 1, budget + 1))
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 5, 8, 15, 16, 17, 33])
+@pytest.mark.parametrize("more", [0, 1, 2, 7, 13, 16, 100])
+def test_every_plan_finds_a_bucket(max_num_seqs: int, more: int) -> None:
+    budget = max_num_seqs + more
+    buckets = make_buckets(max_num_seqs, budget)
+    for num_tokens, num_rows, decode_only in possible_plans(max_num_seqs, budget):
+        found = find_bucket(buckets, num_tokens, num_rows, decode_only)
+        assert found.decode_only == decode_only and found.num_tokens >= num_tokens and found.num_rows >= num_rows
+        assert found.num_tokens < 2 * max(num_tokens, 16), "less than half of it is padding"
+        assert found.num_tokens <= budget and found.num_rows <= max_num_seqs
+        smaller = [b for b in buckets if b.decode_only == decode_only and num_tokens <= b.num_tokens < found.num_tokens]
+        assert all(b.num_rows < num_rows for b in smaller)
+        if decode_only:
+            assert found.num_rows == found.num_tokens < 2 * num_rows
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget", "count"), [(1, 1, 2), (1, 16, 2), (8, 64, 7), (64, 512, 13), (256, 2048, 17), (200, 3000, 18)]
+)
+def test_buckets_are_few(max_num_seqs: int, budget: int, count: int) -> None:
+    buckets = make_buckets(max_num_seqs, budget)
+    assert len(buckets) == len(set(buckets)) == count
+    largest = [max(b for b in buckets if b.decode_only == decode_only) for decode_only in (True, False)]
+    assert largest == [Bucket(True, max_num_seqs, max_num_seqs), Bucket(False, budget, max_num_seqs)]
