@@ -112,7 +112,7 @@ def _top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 def _top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(logits, axis=-1)
     wanted = jnp.where(top_p < 1, top_p, 0.0)
-    wanted = jnp.maximum(wanted, jnp.finfo(jnp.float32).tiny)  # however small p is, the likeliest token stays
+    wanted = jnp.maximum(wanted, np.finfo(np.float32).tiny)  # however small p is, the likeliest token stays
     least = _largest_threshold(logits, lambda mask: jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted)
     return jnp.where((_ordered_bits(logits) >= least[:, None]) | (top_p >= 1)[:, None], logits, MASKED)
 
