@@ -18,7 +18,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test check format bench clean
+.PHONY: help generate test test-aot check format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -51,6 +51,18 @@ generate: $(VENV)/.runtime ## answer PROMPT="…" (with MODEL=… a Hugging Face
 
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+AOT_VENV ?= .venv-aot
+JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2,jax[tpu])
+
+$(AOT_VENV)/.done: pyproject.toml
+	@echo "installing the TPU compiler into $(AOT_VENV)" >&2
+	@$(PYTHON) -m venv "$(AOT_VENV)"
+	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(JAX_FOR_AOT)' absl-py pytest pytest-timeout
+	@touch $@
+
+test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs that are not there, in an environment of its own
+	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/aot
 
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .

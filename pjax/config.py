@@ -40,7 +40,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = "auto"
     """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
     attention_backend: str | None = None
-    """"native", "xla" or "reference"; by default the fastest for the platform."""
+    """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages"):

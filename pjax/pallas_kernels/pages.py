@@ -1,10 +1,10 @@
 """The page pool's layout. No other file knows it.
 
 One array holds the pages of all layers: `[L·P, G, 2·K·H]`. Page `p` of layer `l` is row `l·P + p`; within a page one
-dense row per token holds, per KV head, its key and then its value. Dense rows keep every head size at its native size
-in memory, on a TPU's tiles too.
+dense row per token holds the keys of all KV heads and then their values. Dense rows keep every head size at its native
+size in memory, on a TPU's tiles too; keys side by side let one product there score all heads (docs/decisions/0004-page-layout.md).
 
-Inside a row:   | head 0: K (H) | head 0: V (H) | head 1: K (H) | head 1: V (H) | ...
+Inside a row:   | K of head 0 (H) | K of head 1 (H) | ... | V of head 0 (H) | V of head 1 (H) | ...
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Ar
       slots: int32 [T]: page · G + offset in the page. A slot past the end of the pool is padding and is not written.
     """
     num_tokens, num_kv_heads, head_size = keys.shape
-    rows = jnp.stack([keys, values], axis=2).reshape(num_tokens, 2 * num_kv_heads * head_size).astype(pages.dtype)
+    rows = jnp.stack([keys, values], axis=1).reshape(num_tokens, 2 * num_kv_heads * head_size).astype(pages.dtype)
     flat = pages.reshape(-1, pages.shape[-1])
     return flat.at[slots].set(rows, mode="drop").reshape(pages.shape)
 
@@ -46,9 +46,9 @@ def read_kv(pages: jax.Array, page_ids: jax.Array, num_kv_heads: int) -> jax.Arr
       page_ids: int32 [..., B]; they must be in range.
 
     Returns:
-      [..., B·G, K, 2, H]: the key is index 0 of the axis of two, the value index 1.
+      [..., B·G, 2, K, H]: keys at index 0 of the axis of two, values at index 1.
     """
     page_size, width = pages.shape[1:]
     num_tokens = page_ids.shape[-1] * page_size
     rows = pages.at[page_ids].get(mode="clip")
-    return rows.reshape(*page_ids.shape[:-1], num_tokens, num_kv_heads, 2, width // (2 * num_kv_heads))
+    return rows.reshape(*page_ids.shape[:-1], num_tokens, 2, num_kv_heads, width // (2 * num_kv_heads))

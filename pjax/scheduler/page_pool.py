@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -39,15 +40,19 @@ class PagePool:
         return taken
 
     def fork(self, page_ids: Iterable[int]) -> None:
-        """One more owner for each page; ValueError when a page is free."""
+        """One more owner for each page; ValueError, and nothing changed, when a page is free."""
+        page_ids = list(page_ids)
         for page_id in page_ids:
-            self._require_owner(page_id)
+            self._require_owners(page_id, 1)
+        for page_id in page_ids:
             self._counts[page_id] += 1
 
     def free(self, page_ids: Iterable[int]) -> None:
-        """One owner less for each page; the last one's leave frees it. ValueError when a page is free already."""
+        """One owner less for each page; the last one's leave frees it. ValueError, and nothing changed, when one has too few."""
+        page_ids = list(page_ids)
+        for page_id, count in Counter(page_ids).items():
+            self._require_owners(page_id, count)
         for page_id in page_ids:
-            self._require_owner(page_id)
             self._counts[page_id] -= 1
             if self._counts[page_id] == 0:
                 self._free.append(page_id)
@@ -56,15 +61,16 @@ class PagePool:
         """0 for a free page."""
         return self._counts[page_id]
 
-    def _require_owner(self, page_id: int) -> None:
+    def _require_owners(self, page_id: int, count: int) -> None:
         if not 0 <= page_id < self.num_pages:
             raise ValueError(f"page {page_id} is not in [0, {self.num_pages})")
-        if self._counts[page_id] == 0:
-            raise ValueError(f"page {page_id} has no owner")
+        if self._counts[page_id] < count:
+            raise ValueError(f"page {page_id} has {self._counts[page_id] or 'no'} owner, but {count} are needed")
 
     def check(self) -> None:
         """Proves free + used = total; AssertionError with the pages that break it."""
         free = set(self._free)
         assert len(free) == len(self._free), f"pages free twice: {sorted(p for p in free if self._free.count(p) > 1)}"
+        assert free <= set(range(self.num_pages)), f"pages that the pool does not have: {sorted(free - set(range(self.num_pages)))}"
         wrong = [p for p, count in enumerate(self._counts) if (count == 0) != (p in free) or count < 0]
         assert not wrong, f"pages neither free nor owned, or both: {wrong}"

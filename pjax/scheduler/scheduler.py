@@ -145,9 +145,10 @@ class Scheduler:
     def _admit(self, given: dict[Request, int], budget: int) -> None:
         while self._waiting and budget > 0 and self.table.num_free_rows:
             request = self._waiting[0]
-            # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted.
+            # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted. Where budget
+            # is left every running row has its pages already.
             most = min(request.num_tokens + 1, self.max_model_len)
-            if not self.pool.can_allocate(self._pages_promised() + self.kv.num_pages_for(most)) and self._running:
+            if not self.pool.can_allocate(self.kv.num_pages_for(most)) and self._running:
                 break
             self._waiting.popleft()
             request.row = self.table.allocate_row()
@@ -160,11 +161,6 @@ class Scheduler:
             self.kv.extend(request, count)
             given[request] = count
             budget -= count
-
-    def _pages_promised(self) -> int:
-        """Pages that running prompts, admitted whole, have still to take."""
-        short = (r for r in self._running if r.num_tokens - r.num_computed > 1)
-        return sum(max(self.kv.num_pages_for(r.num_tokens) - len(self.kv.pages_of(r)), 0) for r in short)
 
     def _preempt(self, request: Request) -> None:
         """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5)."""

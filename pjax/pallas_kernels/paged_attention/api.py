@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.paged_attention.cpu import paged_attention_cpu
-from pjax.pallas_kernels.paged_attention.native import is_available, paged_attention_native, supports
-from pjax.pallas_kernels.paged_attention.reference import paged_attention_reference
+from pjax.pallas_kernels.paged_attention.native import is_available, supports
 
-BACKENDS = {"native": paged_attention_native, "xla": paged_attention_cpu, "reference": paged_attention_reference}
+# The module of each backend and its function there; imported when it is first used, since Pallas takes a while.
+BACKENDS = {
+    "native": ("native", "paged_attention_native"),
+    "xla": ("cpu", "paged_attention_cpu"),
+    "tpu": ("tpu", "paged_attention_tpu"),
+    "reference": ("reference", "paged_attention_reference"),
+}
+PACKAGE = "pjax.pallas_kernels.paged_attention"
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +44,7 @@ def paged_attention(
       scale: multiplies the logits; H ** -0.5 by default.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
       logit_softcap: logits become `c · tanh(logits / c)`.
-      backend: "native" (CPU, float32), "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
+      backend: "native" (CPU, float32), "tpu", "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
         says, else the fastest that takes these arguments on this platform.
 
     Returns:
@@ -51,7 +57,9 @@ def paged_attention(
     name = backend or os.environ.get(BACKEND_VARIABLE) or _fastest(q, pages)
     if name not in BACKENDS:
         raise ValueError(f"attention backend is {name!r}, but must be one of {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[name](
+    module, function = BACKENDS[name]
+    attend = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
+    return attend(
         q,
         pages,
         batch,
@@ -63,7 +71,10 @@ def paged_attention(
 
 
 def _fastest(q: jax.Array, pages: jax.Array) -> str:
-    return "native" if jax.default_backend() == "cpu" and supports(q, pages) and is_available() else "xla"
+    platform = jax.default_backend()
+    if platform == "cpu" and supports(q, pages) and is_available():
+        return "native"
+    return "tpu" if platform == "tpu" and q.dtype == pages.dtype and q.dtype != jnp.float16 else "xla"
 
 
 def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None) -> None:

@@ -58,7 +58,7 @@ def paged_attention_cpu(
 
 def _flash(
     queries: jax.Array,  # [..., K, M, H]
-    read_block: Callable[[jax.Array], jax.Array],  # block index -> [..., B, K, 2, H]
+    read_block: Callable[[jax.Array], jax.Array],  # block index -> [..., B, 2, K, H]
     first_block: jax.Array,
     num_blocks: jax.Array,
     block: int,
@@ -76,7 +76,7 @@ def _flash(
         kv = read_block(index)
         # A slot that nobody wrote may hold NaN, and 0 · NaN is NaN.
         kv = jnp.where(live(positions)[..., None, None, None], kv, jnp.zeros((), kv.dtype)).astype(queries.dtype)
-        logits = jnp.einsum("...kmh,...bkh->...kmb", queries, kv[..., 0, :], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...kmh,...bkh->...kmb", queries, kv[..., 0, :, :], preferred_element_type=jnp.float32)
         if settings.logit_softcap is not None:
             logits = settings.logit_softcap * jnp.tanh(logits / settings.logit_softcap)
         logits = jnp.where(visible(positions)[..., None, :, :], logits, MASKED)
@@ -84,7 +84,7 @@ def _flash(
         weights = jnp.exp(logits - new_top[..., None])
         weights = jnp.where(visible(positions)[..., None, :, :], weights, 0.0) if settings.sliding_window is not None else weights
         shrink = jnp.exp(top - new_top)
-        values = jnp.einsum("...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :], preferred_element_type=jnp.float32)
+        values = jnp.einsum("...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :, :], preferred_element_type=jnp.float32)
         return index + 1, new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + values
 
     start = (

@@ -31,13 +31,13 @@ def paged_attention_reference(
     rows = batch.token_rows(num_tokens)
     positions = batch.token_positions(num_tokens)
     real = rows < batch.num_rows
-    kv = read_kv(pages, batch.block_tables, num_kv_heads).astype(jnp.float32)  # [S, W·G, K, 2, H]
+    kv = read_kv(pages, batch.block_tables, num_kv_heads).astype(jnp.float32)  # [S, W·G, 2, K, H]
     kv_positions = jnp.arange(kv.shape[1], dtype=jnp.int32)
     kv = jnp.where((kv_positions < batch.kv_lens[:, None])[:, :, None, None, None], kv, 0.0)
-    kv = kv[jnp.minimum(rows, batch.num_rows - 1)]  # [T, W·G, K, 2, H]
+    kv = kv[jnp.minimum(rows, batch.num_rows - 1)]  # [T, W·G, 2, K, H]
 
     queries = q.reshape(num_tokens, num_kv_heads, group, head_size).astype(jnp.float32)
-    logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, :, 0], precision="highest") * scale
+    logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, 0], precision="highest") * scale
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     seen = kv_positions <= positions[:, None]
@@ -45,6 +45,6 @@ def paged_attention_reference(
         seen &= kv_positions > positions[:, None] - sliding_window
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
-    out = jnp.einsum("tkgc,tckh->tkgh", weights, kv[:, :, :, 1], precision="highest")
+    out = jnp.einsum("tkgc,tckh->tkgh", weights, kv[:, :, 1], precision="highest")
     out = jnp.where(real[:, None, None, None], out, 0.0)
     return out.reshape(num_tokens, num_heads, head_size).astype(q.dtype)

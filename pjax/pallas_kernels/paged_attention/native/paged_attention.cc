@@ -192,8 +192,8 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
     };
     for (int k = 0; k < item.num_kv_heads; ++k) {
       for (int j = 0; j < count; ++j) {
-        keys[j] = slots[j] + 2 * (item.kv_head + k) * H;
-        values[j] = keys[j] + H;
+        keys[j] = slots[j] + (item.kv_head + k) * H;
+        values[j] = keys[j] + p.num_kv_heads * H;
       }
       if constexpr (kTurned) {
         for (int j = 0; j < count; ++j)

@@ -1,0 +1,368 @@
+"""Paged attention for TPUs (Pallas, Mosaic): decode rows and tiles of prefill queries, each in the form that suits it.
+
+Both stream blocks of pages from HBM into VMEM, two blocks in flight, by DMAs that the scalar-prefetched block table
+drives; only live pages are copied. Flash accumulation in float32 (Dao et al. 2022, algorithm 1).
+
+Decode spreads the query of each KV head over its own lanes of a key row, zeros elsewhere: one product with the whole row
+scores all heads, and no head is sliced out of a row whose lanes are not aligned. Prefill has enough rows to pay for a
+product per head; each head reads an aligned lane window around its own lanes, with the query placed to match.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.tiles import Tiles
+
+LANES = 128
+BLOCK = 128  # tokens of KV that one step of the inner loop takes
+BUFFER_BYTES = 4 << 20  # of VMEM for two blocks of pages
+PREFILL_ROWS = 128  # query rows of a tile and KV head, about
+MASKED = -1e30  # finite, so that a fully masked block gives no NaN
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spec:
+    """What both kernels need to know when they are traced."""
+
+    num_kv_heads: int  # K
+    ratio: int  # R = N / K
+    head_size: int  # H
+    page_size: int  # G
+    pages_per_block: int
+    scale: float
+    sliding_window: int | None
+    logit_softcap: float | None
+    exact: bool  # float32 products in full precision
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.pages_per_block * self.page_size
+
+    @property
+    def precision(self) -> lax.Precision | None:
+        return lax.Precision.HIGHEST if self.exact else None
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Aligned lanes [start, stop) of a row that hold all keys."""
+        return 0, _up(self.num_kv_heads * self.head_size)
+
+    @property
+    def values(self) -> tuple[int, int]:
+        """Aligned lanes [start, stop) of a row that hold all values."""
+        width = self.num_kv_heads * self.head_size
+        return width // LANES * LANES, 2 * width
+
+    def window(self, first: int) -> tuple[int, int]:
+        """Aligned lanes [start, stop) around one head's lanes [first, first + H)."""
+        return first // LANES * LANES, min(_up(first + self.head_size), 2 * self.num_kv_heads * self.head_size)
+
+
+def _up(lanes: int) -> int:
+    return -(-lanes // LANES) * LANES
+
+
+def paged_attention_tpu(
+    q: jax.Array,
+    pages: jax.Array,
+    batch: RaggedBatch,
+    *,
+    num_kv_heads: int,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_softcap: float | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
+
+    float32 and bfloat16; q and pages of the same dtype. `interpret` is passed to `pallas_call`. Padding gives zeros.
+    """
+    if q.dtype != pages.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"attention backend 'tpu' takes float32 or bfloat16, the same for both, but q is {q.dtype} and pages are {pages.dtype}; "
+            "'xla' takes any"
+        )
+    num_heads, head_size = q.shape[1:]
+    page_size, width = pages.shape[1:]
+    fits = max(BUFFER_BYTES // (2 * width * pages.dtype.itemsize), page_size)
+    spec = _Spec(
+        num_kv_heads=num_kv_heads,
+        ratio=num_heads // num_kv_heads,
+        head_size=head_size,
+        page_size=page_size,
+        pages_per_block=max(min(BLOCK, fits) // page_size, 1),
+        scale=scale,
+        sliding_window=sliding_window,
+        logit_softcap=logit_softcap,
+        exact=q.dtype == jnp.float32,
+    )
+    out = _decode(q, pages, batch, spec, interpret)
+    return out if batch.decode_only else _prefill(out, q, pages, batch, spec, interpret)
+
+
+# ---- what both kernels share
+
+
+def _stream(
+    pages: Any, table: Callable[[Any], Any], buffer: Any, semaphores: Any, first: Any, stop: Any, spec: _Spec, step: Callable[..., None]
+) -> None:
+    """Runs `step(block index, slot of the buffer)` over the blocks that hold tokens [first, stop), copying one ahead.
+
+    Args:
+      pages: the pool in HBM.
+      table: page id of a column of the block table.
+      buffer: VMEM [2, block, 2·K·H].
+      semaphores: DMA [2].
+    """
+    first_block, num_blocks = first // spec.block, pl.cdiv(stop, spec.block)
+
+    def copies(index: Any, slot: Any, act: Callable[[Any], None]) -> None:
+        for j in range(spec.pages_per_block):
+            column = index * spec.pages_per_block + j
+            live = (column * spec.page_size < stop) & ((column + 1) * spec.page_size > first)
+
+            @pl.when(live)
+            def _(column: Any = column, j: int = j) -> None:
+                target = buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
+                act(pltpu.make_async_copy(pages.at[table(column)], target, semaphores.at[slot]))
+
+    @pl.when(first_block < num_blocks)
+    def _() -> None:
+        copies(first_block, 0, lambda copy: copy.start())
+
+    @pl.loop(first_block, num_blocks)
+    def _(index: Any) -> None:
+        slot = lax.rem(index - first_block, 2)
+
+        @pl.when(index + 1 < num_blocks)
+        def _() -> None:
+            copies(index + 1, 1 - slot, lambda copy: copy.start())
+
+        copies(index, slot, lambda copy: copy.wait())
+        step(index, slot)
+
+
+def _live_values(values: Any, index: Any, first: Any, stop: Any, spec: _Spec) -> Any:
+    """Zeros where no live token is: such a slot may hold NaN, and 0 · NaN is NaN."""
+    positions = index * spec.block + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    return jnp.where((positions >= first) & (positions < stop), values, jnp.zeros_like(values))
+
+
+def _scores(q: Any, keys: Any, visible: Any, spec: _Spec) -> Any:
+    """float32 [rows, block]: scaled, capped and masked."""
+    scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=spec.precision)
+    scores = scores * spec.scale
+    if spec.logit_softcap is not None:
+        scores = spec.logit_softcap * jnp.tanh(scores / spec.logit_softcap)
+    return jnp.where(visible, scores, MASKED)
+
+
+def _accumulate(scores: Any, values: Any, visible: Any, top: Any, total: Any, acc: Any, spec: _Spec) -> None:
+    """One flash step on refs `top`, `total` [rows, 128] (equal lanes) and `acc` [rows, lanes of values]."""
+    new_top = jnp.maximum(top[:, :1], scores.max(axis=1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - new_top), 0.0)
+    shrink = jnp.exp(top[:, :1] - new_top)
+    new_total = total[:, :1] * shrink + weights.sum(axis=1, keepdims=True)
+    top[...] = jnp.broadcast_to(new_top, top.shape)
+    total[...] = jnp.broadcast_to(new_total, total.shape)
+    product = jnp.dot(weights.astype(values.dtype), values, preferred_element_type=jnp.float32, precision=spec.precision)
+    acc[...] = acc[...] * shrink + product
+
+
+def _clear(top: Any, total: Any, acc: Any) -> None:
+    top[...] = jnp.full(top.shape, MASKED, jnp.float32)
+    total[...] = jnp.zeros(total.shape, jnp.float32)
+    acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+
+def _first_seen(position: Any, spec: _Spec) -> Any:
+    return 0 if spec.sliding_window is None else jnp.maximum(position - spec.sliding_window + 1, 0)
+
+
+# ---- decode
+
+
+def _decode_kernel(
+    tables: Any, lens: Any, q: Any, pages: Any, out: Any, buffer: Any, acc: Any, top: Any, total: Any, semaphores: Any, *, spec: _Spec
+) -> None:
+    row = pl.program_id(0)
+    stop = lens[row]
+    first = _first_seen(stop - 1, spec)
+    num_heads, ratio = spec.num_kv_heads * spec.ratio, spec.ratio
+
+    def own_lanes(shape: tuple[int, ...], offset: int, j: int) -> Any:
+        """Where head row n = k · R + j meets the lanes of KV head k, which begin at `offset` + k · H."""
+        head = lax.broadcasted_iota(jnp.int32, shape, 0)
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1) - offset
+        begin = head // ratio * spec.head_size
+        return (head % ratio == j) & (lane >= begin) & (lane < begin + spec.head_size)
+
+    key_start, key_stop = spec.keys
+    value_start, value_stop = spec.values
+    spread = jnp.zeros((num_heads, key_stop), jnp.float32)
+    for j in range(ratio):
+        spread = jnp.where(own_lanes(spread.shape, 0, j), q[0, j : j + 1].astype(jnp.float32), spread)
+    spread = spread.astype(q.dtype)
+    _clear(top, total, acc)
+
+    def step(index: Any, slot: Any) -> None:
+        values = _live_values(buffer[slot, :, value_start:value_stop], index, first, stop, spec)
+        positions = index * spec.block + lax.broadcasted_iota(jnp.int32, (num_heads, spec.block), 1)
+        visible = (positions >= first) & (positions < stop)
+        scores = _scores(spread, buffer[slot, :, key_start:key_stop], visible, spec)
+        _accumulate(scores, values, visible, top, total, acc, spec)
+
+    _stream(pages, lambda column: tables[row, column], buffer, semaphores, first, stop, spec, step)
+    result = acc[...] / jnp.maximum(total[:, :1], 1e-30)
+    offset = spec.num_kv_heads * spec.head_size - value_start
+    for j in range(ratio):
+        out[0, j] = jnp.sum(jnp.where(own_lanes(result.shape, offset, j), result, 0.0), axis=0).astype(out.dtype)
+
+
+def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec, interpret: Any) -> jax.Array:
+    """[T, N, H] with the outputs of the decode rows, zero elsewhere."""
+    num_tokens, num_heads, head_size = q.shape
+    num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
+    num_rows = min(batch.num_rows, num_tokens)
+    lens = jnp.where(jnp.arange(num_rows, dtype=jnp.int32) < batch.num_decode, batch.kv_lens[:num_rows], 0)
+    key_lanes, (value_start, value_stop) = spec.keys[1], spec.values
+    by_lane = q[:num_rows].reshape(num_rows, num_kv_heads, ratio, head_size).swapaxes(1, 2).reshape(num_rows, ratio, -1)
+    by_lane = jnp.pad(by_lane, ((0, 0), (0, 0), (0, key_lanes - by_lane.shape[-1])))
+    value_lanes = value_stop - value_start
+    out = pl.pallas_call(
+        functools.partial(_decode_kernel, spec=spec),
+        out_shape=jax.ShapeDtypeStruct((num_rows, ratio, value_lanes), q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(num_rows,),
+            in_specs=[pl.BlockSpec((1, ratio, key_lanes), lambda row, *_: (row, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec((1, ratio, value_lanes), lambda row, *_: (row, 0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
+                pltpu.VMEM((num_heads, value_lanes), jnp.float32),
+                pltpu.VMEM((num_heads, LANES), jnp.float32),
+                pltpu.VMEM((num_heads, LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        name="paged_decode",
+        interpret=interpret,
+    )(batch.block_tables[:num_rows], lens, by_lane, pages)
+    out = out[:, :, num_kv_heads * head_size - value_start :]
+    out = out.reshape(num_rows, ratio, num_kv_heads, head_size).swapaxes(1, 2).reshape(num_rows, num_heads, head_size)
+    return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
+
+
+# ---- prefill
+
+
+def _prefill_kernel(
+    tables: Any,
+    rows: Any,
+    counts: Any,
+    starts: Any,
+    q: Any,
+    pages: Any,
+    out: Any,
+    buffer: Any,
+    acc: Any,
+    top: Any,
+    total: Any,
+    semaphores: Any,
+    *,
+    spec: _Spec,
+) -> None:
+    tile = pl.program_id(0)
+    row, position = rows[tile], starts[tile]
+    stop = jnp.where(counts[tile] > 0, position + counts[tile], 0)
+    first = _first_seen(position, spec)
+    shape = (q.shape[2], spec.block)
+    query_positions = position + lax.broadcasted_iota(jnp.int32, shape, 0) // spec.ratio
+    for head in range(spec.num_kv_heads):
+        _clear(top.at[head], total.at[head], acc.at[head])
+
+    def step(index: Any, slot: Any) -> None:
+        positions = index * spec.block + lax.broadcasted_iota(jnp.int32, shape, 1)
+        visible = (positions <= query_positions) & (positions < stop)
+        if spec.sliding_window is not None:
+            visible &= positions > query_positions - spec.sliding_window
+        for head in range(spec.num_kv_heads):
+            key_start, key_stop = spec.window(head * spec.head_size)
+            value_start, value_stop = spec.window((spec.num_kv_heads + head) * spec.head_size)
+            values = _live_values(buffer[slot, :, value_start:value_stop], index, first, stop, spec)
+            scores = _scores(q[head, 0, :, : key_stop - key_start], buffer[slot, :, key_start:key_stop], visible, spec)
+            lanes = pl.ds(0, value_stop - value_start)
+            _accumulate(scores, values, visible, top.at[head], total.at[head], acc.at[head, :, lanes], spec)
+
+    _stream(pages, lambda column: tables[row, column], buffer, semaphores, first, stop, spec, step)
+    for head in range(spec.num_kv_heads):
+        out[head, 0] = (acc[head] / jnp.maximum(total[head][:, :1], 1e-30)).astype(out.dtype)
+
+
+def _placement(spec: _Spec, first: int, lanes: int) -> np.ndarray:
+    """[K, H, lanes] of zeros and ones: moves each head to where it stands in its window; `first` is head 0's lane of a row."""
+    ones = np.zeros((spec.num_kv_heads, spec.head_size, lanes), np.float32)
+    for head in range(spec.num_kv_heads):
+        begin = first + head * spec.head_size
+        inside = begin - spec.window(begin)[0]
+        ones[head, np.arange(spec.head_size), inside + np.arange(spec.head_size)] = 1
+    return ones
+
+
+def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec, interpret: Any) -> jax.Array:
+    """`out` with the outputs of the rows from `num_decode` on."""
+    num_tokens, num_heads, head_size = q.shape
+    num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
+    tiles = Tiles.of(batch, num_tokens, max(PREFILL_ROWS // ratio // 8 * 8, 8))
+    num_tiles, num_rows = tiles.rows.shape[0], tiles.size * ratio
+    width = num_kv_heads * head_size
+
+    def lanes_of(first: int) -> int:
+        windows = [spec.window(first + head * head_size) for head in range(num_kv_heads)]
+        return _up(max(stop - start for start, stop in windows))
+
+    key_lanes, value_lanes = lanes_of(0), lanes_of(width)
+    queries = q[tiles.tokens].reshape(num_tiles, tiles.size, num_kv_heads, ratio, head_size)
+    queries = jnp.einsum(
+        "mtkrh,khl->kmtrl", queries, jnp.asarray(_placement(spec, 0, key_lanes), q.dtype), precision=spec.precision
+    ).reshape(num_kv_heads, num_tiles, num_rows, key_lanes)
+    result = pl.pallas_call(
+        functools.partial(_prefill_kernel, spec=spec),
+        out_shape=jax.ShapeDtypeStruct((num_kv_heads, num_tiles, num_rows, value_lanes), q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(num_tiles,),
+            in_specs=[pl.BlockSpec((num_kv_heads, 1, num_rows, key_lanes), lambda m, *_: (0, m, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec((num_kv_heads, 1, num_rows, value_lanes), lambda m, *_: (0, m, 0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
+                pltpu.VMEM((num_kv_heads, num_rows, value_lanes), jnp.float32),
+                pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
+                pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        name="paged_prefill",
+        interpret=interpret,
+    )(batch.block_tables, tiles.rows, tiles.counts, tiles.positions, queries, pages)
+    result = jnp.einsum(
+        "kmtrl,khl->mtkrh",
+        result.reshape(num_kv_heads, num_tiles, tiles.size, ratio, value_lanes),
+        jnp.asarray(_placement(spec, width, value_lanes), q.dtype),
+        precision=spec.precision,
+    ).reshape(num_tiles * tiles.size, num_heads, head_size)
+    taken = result.at[tiles.places].get(mode="fill", fill_value=0)
+    return jnp.where((tiles.places < len(result))[:, None, None], taken, out)
