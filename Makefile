@@ -47,7 +47,7 @@ unexport PROMPT MODEL
 generate: export PJAX_PROMPT = $(value PROMPT)
 generate: export PJAX_MODEL = $(value MODEL)
 generate: $(VENV)/.runtime ## answer PROMPT="…" (with MODEL=… a Hugging Face folder, name or .gguf file)
-	@$(VENV)/bin/python scripts/generate.py $${PJAX_MODEL:+--model "$$PJAX_MODEL"} $${PJAX_MODEL:---chat} -- "$$PJAX_PROMPT"
+	@$(VENV)/bin/python scripts/generate.py $${PJAX_MODEL:+--model "$$PJAX_MODEL"} $$([ -n "$$PJAX_MODEL" ] || echo --chat) -- "$$PJAX_PROMPT"
 
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)

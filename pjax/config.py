@@ -8,6 +8,7 @@ from pjax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYER_MODES = ("auto", "unroll", "scan", "loop")
+ATTENTION_BACKENDS = ("native", "tpu", "xla", "reference")
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -47,6 +48,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
+        for name, kinds in (("lazy", bool), ("page_size", int), ("memory_share", int | float), ("compilation_cache_dir", str | None)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise ConfigError(f"{name} is {value!r}, but must be {getattr(kinds, '__name__', kinds)}")
+        if self.attention_backend not in (None, *ATTENTION_BACKENDS):
+            raise ConfigError(f"attention_backend is {self.attention_backend!r}, but must be one of {', '.join(ATTENTION_BACKENDS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
         if self.layer_mode not in LAYER_MODES:

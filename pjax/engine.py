@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class LLMEngine:
         self.scheduler = Scheduler(**limits)
         self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
         self._sequences: dict[str, _Sequence] = {}
+        self._names = itertools.count()
         self._numbers = itertools.count()
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         self._weights: Future[Any] | None = self._loading.submit(source.load, progress=progress)
@@ -115,38 +117,53 @@ class LLMEngine:
 
         Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams")
-        number = next(self._numbers)
-        request_id = str(number) if request_id is None else request_id
+        request_id = self._free_id() if request_id is None else request_id
         text = prompt if isinstance(prompt, str) else None
         ids = self._prompt_ids(prompt, request_id)
         if params.stops and self.tokenizer is None:
             raise InvalidRequestError(f"stop strings need a tokenizer, but skip_tokenizer_init is set (request {request_id!r})")
-        self._check_ids(params.stop_token_ids, "stop_token_ids", request_id)
+        self._check_ids(params.stop_token_ids or (), "stop_token_ids", request_id)
+        if params.logprobs is not None and params.logprobs > self.model_config.vocab_size:
+            raise InvalidRequestError(f"logprobs is {params.logprobs}, but the vocabulary has {self.model_config.vocab_size} tokens")
         room = max(self.max_model_len - len(ids), 0)
         request = Request(
             request_id=request_id,
             prompt_token_ids=ids,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, max(room, 1)),
-            stop_token_ids=frozenset(params.stop_token_ids),
+            stop_token_ids=frozenset(params.stop_token_ids or ()),
             eos_token_ids=frozenset() if params.ignore_eos else self._eos,
-            seed=params.seed if params.seed is not None else (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63,
+            seed=0,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
         )
         detokenizer = Detokenizer(self.tokenizer, ids, params) if self.tokenizer and params.detokenize else None
         self.scheduler.add(request)
         self._sequences[request_id] = _Sequence(request, text, detokenizer)
+        # Only an accepted request takes a number: a refused one must not change the others' draws.
+        request.seed = self._next_seed() if params.seed is None else params.seed
         return request_id
+
+    def _free_id(self) -> str:
+        return next(name for name in map(str, self._names) if name not in self._sequences)
+
+    def _next_seed(self) -> int:
+        """Of a request without one: from the engine's seed and how many came before, and no small number that a user might give."""
+        text = f"{self.config.seed} {next(self._numbers)}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
     def _prompt_ids(self, prompt: Prompt, request_id: str) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequestError(f"prompt is text, but skip_tokenizer_init is set: give token ids (request {request_id!r})")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Iterable):
+            ids = self.tokenizer.encode(prompt)
+            self._check_ids(ids, "prompt", request_id)
+            return ids
+        if hasattr(prompt, "__array__"):
+            prompt = np.asarray(prompt).tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise InvalidRequestError(f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})")
         ids = []
         for index, token in enumerate(prompt):
@@ -182,7 +199,12 @@ class LLMEngine:
         if plan is None:
             return []
         self._wait_for_weights()
-        result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
+        try:
+            result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
+        except BaseException:  # Ctrl-C too: nothing is lost but time
+            if self.runner.restore_pages():
+                self.scheduler.preempt_all()
+            raise
         now = time.monotonic()
         changed = self.scheduler.commit(plan, result.tokens, now)
         places = {id(request): index for index, request in enumerate(plan.requests)}
@@ -193,7 +215,9 @@ class LLMEngine:
         if request.params.logprobs is not None:
             self._add_logprobs(sequence, result, index, request.params.logprobs)
         if sequence.detokenizer is not None:
-            sequence.text += sequence.detokenizer.append(request.output_token_ids[-1:])
+            # As in vLLM: the text of the token that ended it is kept only if asked for.
+            hidden = request.finish_reason == "stop" and not request.params.include_stop_str_in_output
+            sequence.text += "" if hidden else sequence.detokenizer.append(request.output_token_ids[-1:])
             if sequence.detokenizer.stop_reason is not None:
                 stop = sequence.detokenizer.stop_reason
                 if request.finish_reason is None:
@@ -213,7 +237,7 @@ class LLMEngine:
         for rank in range(count):
             other = int(result.top_tokens[index, rank])
             entries.setdefault(other, (float(result.top_logprobs[index, rank]), rank + 1))
-        decode = self.tokenizer.decode if self.tokenizer else None
+        decode = self.tokenizer.decode if sequence.detokenizer is not None and self.tokenizer else None
         sequence.logprobs.append(
             {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
         )
@@ -234,14 +258,15 @@ class LLMEngine:
         return RequestOutput(
             request_id=request.request_id,
             prompt=sequence.prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=list(request.prompt_token_ids),
             outputs=[completion],
             finished=request.finish_reason is not None,
-            metrics=request.metrics,
+            metrics=replace(request.metrics),
         )
 
     def close(self) -> None:
         """Stops the engine's threads."""
+        self._loading.shutdown(wait=False, cancel_futures=True)
         self.runner.close()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from pjax.config import EngineConfig
@@ -54,23 +55,26 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generates for every prompt, in one continuous batch; outputs come in the order of the prompts.
 
         Args:
-          prompts: text, a list of texts, a list of token ids, or a list of such lists.
+          prompts: text, a list of texts, a list of token ids, or a list of such lists; instead of a text or a list of ids also
+            vLLM's {"prompt": text} and {"prompt_token_ids": ids}, and arrays instead of lists of ids.
           sampling_params: one for all, or one each.
 
         Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
         """
         listed = _as_list(prompts)
-        params = (
-            [sampling_params] * len(listed)
-            if sampling_params is None or isinstance(sampling_params, SamplingParams)
-            else list(sampling_params)
-        )
+        if self.engine.has_unfinished_requests:
+            raise InvalidRequestError("the engine has unfinished requests of add_request: step() them to their end first")
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params: list[Any] = [sampling_params] * len(listed)
+        elif isinstance(sampling_params, Sequence):
+            params = list(sampling_params)
+        else:
+            raise InvalidRequestError(f"sampling_params is {type(sampling_params).__name__}, but must be SamplingParams or a list of them")
         if len(params) != len(listed):
             raise InvalidRequestError(f"there are {len(params)} sampling_params for {len(listed)} prompts")
         ids: list[str] = []
@@ -89,14 +93,12 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or a list of them, through the model's chat template."""
-        if not messages:
-            raise InvalidRequestError("messages is empty")
-        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        conversations = _as_conversations(messages)
         tokenizer = self.get_tokenizer()
         prompts = [
             tokenizer.encode(tokenizer.apply_chat_template(c, add_generation_prompt=add_generation_prompt), add_special_tokens=False)
@@ -126,10 +128,35 @@ class LLM:
         return [finished[request_id] for request_id in ids]
 
 
+def _as_conversations(messages: Any) -> list[Any]:
+    if not isinstance(messages, list | tuple):
+        raise InvalidRequestError(f"messages is {type(messages).__name__}, but must be a list of messages or a list of such lists")
+    conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+    for index, conversation in enumerate(conversations or [[]]):
+        if not isinstance(conversation, list | tuple) or not conversation or not all(isinstance(m, Mapping) for m in conversation):
+            raise InvalidRequestError(f"conversation {index} is {conversation!r:.80}, but must be a list of one message or more")
+    return conversations
+
+
 def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed = list(prompts)
-    if listed and not isinstance(listed[0], str) and not hasattr(listed[0], "__iter__"):
-        return [listed]  # token ids of one prompt
-    return listed
+    if isinstance(prompts, str | Mapping):
+        return [_plain(prompts)]
+    if hasattr(prompts, "__array__"):
+        prompts = np.asarray(prompts)
+        if prompts.ndim not in (1, 2) or prompts.dtype.kind not in "iu":
+            raise InvalidRequestError(f"prompts is {prompts.dtype}{list(prompts.shape)}, but must be integers of one or two dimensions")
+        prompts = prompts.tolist()
+    if not isinstance(prompts, list | tuple):
+        raise InvalidRequestError(f"prompts is {type(prompts).__name__}, but must be text, token ids, or a list of either")
+    if prompts and isinstance(prompts[0], int | float | np.number):
+        return [prompts]  # token ids of one prompt
+    return [_plain(prompt) for prompt in prompts]
+
+
+def _plain(prompt: Any) -> Any:
+    """vLLM's dictionaries of one prompt; anything else is left to the engine's checks."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
+        raise InvalidRequestError(f"prompt has keys {sorted(map(str, prompt))}, but must have one: prompt or prompt_token_ids")
+    return next(iter(prompt.values()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import numbers
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 from pjax.errors import InvalidRequestError
 
@@ -22,7 +23,16 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _plain(value: object) -> object:
+    """Numbers of numpy and the like as Python's own."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +54,33 @@ class SamplingParams:
     """Only tokens at least min_p times as likely as the likeliest; in [0, 1]."""
     seed: int | None = None
     """A row's draw depends on its seed and position only. None takes one from the engine's seed and request count."""
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     """Strings that end the text; they are cut off unless include_stop_str_in_output."""
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     """Log-probabilities of the sampled token and of this many likeliest ones, per output token."""
     skip_special_tokens: bool = True
     detokenize: bool = True
-    stops: tuple[str, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stops", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str) and not isinstance(value, Iterable):
+                raise _bad(name, value, "a list")
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(_plain(token) for token in self.stop_token_ids or ()))
         self._check_numbers()
         if len(stop) > MAX_STOP_STRINGS:
             raise _bad("number of stop strings", len(stop), f"at most {MAX_STOP_STRINGS}")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise _bad("stop", text, "a non-empty string or a list of them")
-        for token in self.stop_token_ids:
+        for token in self.stop_token_ids or ():
             if not _is_int(token) or token < 0:
                 raise _bad("stop_token_ids", token, "token ids >= 0")
         if stop and not self.detokenize:
@@ -89,6 +104,11 @@ class SamplingParams:
             raise _bad("seed", self.seed, f"an integer in [0, {MAX_SEED}]")
         if self.logprobs is not None and (not _is_int(self.logprobs) or not 0 <= self.logprobs <= MAX_LOGPROBS):
             raise _bad("logprobs", self.logprobs, f"an integer in [0, {MAX_LOGPROBS}]")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(self.stop or ())
 
     @property
     def greedy(self) -> bool:

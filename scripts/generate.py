@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -69,15 +70,23 @@ def parse() -> argparse.Namespace:
     output.add_argument("--json", action="store_true", help="one JSON object a prompt, in the order of the prompts")
     output.add_argument("--stats", action="store_true", help="times and speeds on standard error when done")
     output.add_argument("--verbose", action="store_true", help="log messages on standard error")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.system is not None and not args.chat:
+        parser.error("--system needs --chat")
+    drawing = {"--top-k": args.top_k, "--top-p": args.top_p != 1, "--min-p": args.min_p, "--seed": args.seed is not None}
+    if args.temperature == 0 and (named := [name for name, value in drawing.items() if value]):
+        parser.error(f"{', '.join(named)}: no use at --temperature 0, which takes the likeliest token")
+    if args.prompts.count("-") > 1:
+        parser.error("standard input (-) can be one prompt only")
+    return args
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """From the arguments, a file, or standard input."""
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in args.prompts]
     if args.file is not None:
         try:
-            lines = args.file.read_text(encoding="utf-8").splitlines()
+            lines = args.file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             sys.exit(f"generate.py: --file {args.file}: {error}")
         prompts += [line for line in lines if line.strip()]
@@ -104,14 +113,14 @@ def make_engine(args: argparse.Namespace, num_prompts: int) -> LLMEngine:
     config = EngineConfig(
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs or min(num_prompts, 64),
+        max_num_seqs=min(num_prompts, 64) if args.max_num_seqs is None else args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         page_size=args.page_size,
         kv_cache_memory=args.kv_cache_memory,
         layer_mode=args.layer_mode,
         lazy=True,
     )
-    return LLMEngine(args.model or demo_model(), config, progress=sys.stderr.isatty())
+    return LLMEngine(demo_model() if args.model is None else args.model, config, progress=sys.stderr.isatty())
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -163,12 +172,13 @@ def run(engine: LLMEngine, ids: list[str]) -> Iterator[RequestOutput]:
 def show(outputs: Iterator[RequestOutput], prompts: list[str], as_json: bool) -> list[RequestOutput]:
     """Prints texts as they grow, or finished ones as JSON."""
     finished: list[RequestOutput] = []
-    shown = 0
+    shown = titled = 0
     for output in outputs:
         answer = output.outputs[0]
         if not as_json:
-            if shown == 0 and len(prompts) > 1 and answer.text:
-                print(f"── {prompts[len(finished)]}")
+            if len(prompts) > 1 and titled == len(finished):
+                print(f"── {prompts[titled]}")
+                titled += 1
             print(answer.text[shown:], end="", flush=True)
             shown = len(answer.text)
         if output.finished:
@@ -230,6 +240,9 @@ def main() -> None:
         sys.exit(f"generate.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     if args.stats:
         print_stats(outputs, engine.runner.num_compilations)
     engine.close()

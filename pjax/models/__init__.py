@@ -47,6 +47,8 @@ class ModelSource:
 def find_family(hf_config: Mapping[str, Any]) -> Any:
     """The module that implements a config's architecture; UnsupportedError names those that pjax has."""
     names = hf_config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config: architectures is {names!r}, but must be a list of names")
     for name in names:
         if name in FAMILIES:
             return importlib.import_module(FAMILIES[name])
@@ -69,6 +71,9 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> 
     hf = checkpoint.hf_config()
     family = find_family(hf)
     config = family.Config.from_hf(hf)
+    num_tensors = len(checkpoint.names())
+    if config.num_layers > num_tensors:
+        raise CheckpointError(f"{checkpoint.path}: its config has {config.num_layers} layers, but there are {num_tensors} tensors in all")
     sources = expand(family.weight_table(config), config.num_layers)
     is_gguf = checkpoint.format == "gguf"
     to_hf = {family.gguf_name(name): name for source in sources.values() for name, _ in source.parts} if is_gguf else {}

@@ -90,7 +90,9 @@ class RopeConfig:
     def read(cls, config: ConfigReader, max_position: int) -> RopeConfig:
         """From `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
         theta = config.get("rope_theta")
-        raw = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"rope scaling is {raw!r}, but must be an object")
         config.get("rope_scaling")
         inner = ConfigReader(raw, "rope scaling")
         inner_theta = inner.get("rope_theta")
@@ -101,8 +103,7 @@ class RopeConfig:
         values: dict[str, Any] = {"kind": kind, "theta": theta_reader.number("rope_theta", 10000.0)}
         if kind != "default":
             values["factor"] = inner.number("factor")
-        original = inner.get("original_max_position_embeddings")
-        values["original_max_position"] = int(original or max_position)
+        values["original_max_position"] = inner.integer("original_max_position_embeddings", max_position)
         if kind == "llama3":
             values["low_freq_factor"] = inner.number("low_freq_factor")
             values["high_freq_factor"] = inner.number("high_freq_factor")
@@ -111,8 +112,7 @@ class RopeConfig:
             values["beta_slow"] = inner.number("beta_slow", 1.0)
             values["truncate"] = inner.flag("truncate", True)
             for key in ("attention_factor", "mscale", "mscale_all_dim"):
-                value = inner.get(key)
-                values[key] = None if value is None else float(value)
+                values[key] = None if inner.get(key) is None else inner.number(key)
         inner.only("partial_rotary_factor", (1, 1.0), 1.0)
         inner.finish()
         return cls(**values)

@@ -65,9 +65,9 @@ class ModelRunner:
         self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
         self._params: list[jax.Array] | None = None
         c = model.config
-        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
+        self._pool_shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
         try:
-            self._pages = jnp.zeros(shape, config.kv_cache_dtype)
+            self._pages = jnp.zeros(self._pool_shape, config.kv_cache_dtype)
         except (RuntimeError, MemoryError) as error:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
@@ -95,6 +95,16 @@ class ModelRunner:
         step = self._compiled_step(bucket)
         self._pages, sampled = step(self._params, self._pages, inputs)
         return self._to_host(sampled, order, len(plan.rows))
+
+    def restore_pages(self) -> bool:
+        """Makes a new pool if an exception came between giving the old one away and getting it back; True if it did.
+
+        Then nothing that was written is left.
+        """
+        if not self._pages.is_deleted():
+            return False
+        self._pages = jnp.zeros(self._pool_shape, self.config.kv_cache_dtype)
+        return True
 
     def _to_host(self, sampled: Sampled, order: Ints, num_rows: int) -> StepResult:
         host = jax.device_get(sampled)
@@ -140,7 +150,7 @@ class ModelRunner:
         return compiled
 
     def _pages_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self._pages.shape, self._pages.dtype)
+        return jax.ShapeDtypeStruct(self._pool_shape, self.config.kv_cache_dtype)
 
     def _input_struct(self, bucket: Bucket) -> StepInput:
         rows = bucket.num_rows

@@ -1,7 +1,7 @@
 """Sampling inside the step, exact and per row.
 
 No sort: the smallest logit that top-k or top-p keeps is found by bisection over the ordered bits of float32, 32 passes
-that vectorise on every backend. One uniform number a row picks the token by the inverse of the cumulative distribution.
+that vectorise on every backend. The token is drawn by adding noise and taking the largest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 
 MASKED = -jnp.inf
-CHUNK = 256  # the inverse cumulative distribution first picks a chunk of this many tokens, then a token of it
 
 
 @jax.tree_util.register_dataclass
@@ -86,13 +85,18 @@ def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> ja
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
     # The likeliest token's logit becomes 0 before the division: however small the temperature, it stays finite.
     scaled = filter_logits((logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None], params)
-    uniform = jax.vmap(_uniform)(params.seed, positions)
-    return pick(jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), uniform)
+    noise = jax.vmap(lambda seed, position: _noise(seed, position, logits.shape[-1]))(params.seed, positions)
+    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
 
 
-def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
+def _noise(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    """Gumbel noise for each token: the likeliest after it is added is drawn from softmax (Gumbel 1954; Maddison et al. 2014).
+
+    It belongs to seed, position and token, so a rounding error in some logit moves the draw only where two tokens are as
+    good as tied. One number a row through the cumulative distribution would let every such error move it.
+    """
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+    return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
 
 
 def filter_logits(logits: jax.Array, params: SamplingArrays) -> jax.Array:
@@ -137,23 +141,3 @@ def _largest_threshold(logits: jax.Array, enough: object) -> jax.Array:
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
     return lax.fori_loop(0, 32, body, (low, high))[0]
-
-
-def pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """int32 [S]: token i with probability weights[i] / sum(weights), from one uniform number in [0, 1) a row."""
-    rows, vocab = weights.shape
-    chunks = jnp.pad(weights, ((0, 0), (0, -vocab % CHUNK))).reshape(rows, -1, CHUNK)
-    sums = chunks.sum(axis=-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    target = uniform * ends[:, -1]
-    chunk = _first_past(ends, target, sums > 0)
-    before = jnp.where(chunk > 0, jnp.take_along_axis(ends, jnp.maximum(chunk - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
-    inside = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
-    return chunk * CHUNK + _first_past(jnp.cumsum(inside, axis=-1), target - before, inside > 0)
-
-
-def _first_past(ends: jax.Array, target: jax.Array, live: jax.Array) -> jax.Array:
-    """int32 [S]: the first live column of cumulative sums [S, C] past the target; rounding may leave none, then the last live one."""
-    past = live & (ends > target[:, None])
-    last = live.shape[-1] - 1 - jnp.argmax(live[:, ::-1], axis=-1)
-    return jnp.where(past.any(axis=-1), jnp.argmax(past, axis=-1), last).astype(jnp.int32)

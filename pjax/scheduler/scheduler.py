@@ -9,6 +9,7 @@ preempted for another, and fits the pool alone, so everything that is admitted e
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -116,7 +117,7 @@ class Scheduler:
 
     # ---- a step
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, now: float | None = None) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Pages for all its tokens are allocated."""
         budget = self.max_num_batched_tokens
         given: dict[Request, int] = {}
@@ -139,10 +140,10 @@ class Scheduler:
                 given[request] = count
                 budget -= count
         if not preempted:
-            self._admit(given, budget)
+            self._admit(given, budget, time.monotonic() if now is None else now)
         return self._plan(given) if given else None
 
-    def _admit(self, given: dict[Request, int], budget: int) -> None:
+    def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:
         while self._waiting and budget > 0 and self.table.num_free_rows:
             request = self._waiting[0]
             # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted. Where budget
@@ -153,6 +154,8 @@ class Scheduler:
             self._waiting.popleft()
             request.row = self.table.allocate_row()
             request.status = RequestStatus.RUNNING
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = now
             self._running.append(request)
             num_prompt = len(request.prompt_token_ids)
             self.table.tokens[request.row, :num_prompt] = request.prompt_token_ids
@@ -169,6 +172,11 @@ class Scheduler:
         request.status, request.num_computed = RequestStatus.WAITING, 0
         request.metrics.num_preemptions += 1
         self._waiting.appendleft(request)
+
+    def preempt_all(self) -> None:
+        """Every running request waits and will be computed again: the device has lost its pages."""
+        for request in reversed(list(self._running)):
+            self._preempt(request)
 
     def _plan(self, given: dict[Request, int]) -> StepPlan:
         requests = sorted(given, key=lambda request: (given[request] > 1, request.order))
@@ -194,8 +202,6 @@ class Scheduler:
                 continue
             request.num_computed += count
             metrics = request.metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = now
             if not samples:
                 continue
             if request.num_tokens < self.max_model_len:

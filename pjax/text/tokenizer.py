@@ -147,8 +147,11 @@ def _with_settings(path: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
 def _template(path: Path, template: Any) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if isinstance(template, list):  # several named ones
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):  # several named ones
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template if isinstance(template, str) else None
 
@@ -172,6 +175,6 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return value if isinstance(value, dict) else {}

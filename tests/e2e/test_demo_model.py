@@ -34,3 +34,14 @@ def test_continues_with_paris(demo):
     llm = LLM(demo, lazy=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, num_pages=32)
     out = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
     assert out[0].outputs[0].text.startswith(" Paris.")
+
+
+def test_seeded_draws_do_not_depend_on_company_chunks_or_preemption(demo):
+    prompts = ["Tell me about gravity", "Once upon a time", "def main():", "The sea"]
+    params = [SamplingParams(max_tokens=40, seed=i, ignore_eos=True) for i in range(4)]
+    roomy = LLM(demo, lazy=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, num_pages=64, progress=False)
+    alone = [roomy.generate(p, one, use_tqdm=False)[0].outputs[0].token_ids for p, one in zip(prompts, params)]
+    tight = LLM(demo, lazy=True, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=16, num_pages=14, page_size=8, progress=False)
+    together = tight.generate(prompts, params, use_tqdm=False)
+    assert sum(output.metrics.num_preemptions for output in together) > 0
+    assert [output.outputs[0].token_ids for output in together] == alone

@@ -229,7 +229,7 @@ def test_logprobs_are_of_the_model_itself(llm: LLM) -> None:
         ranked = sorted(entry.values(), key=lambda one: one.rank)
         assert [one.rank for one in ranked[:4]] == [1, 2, 3, 4]
         assert all(a.logprob >= b.logprob for a, b in itertools.pairwise(ranked))
-        assert entry[token].decoded_token == llm.get_tokenizer().decode([token])
+        assert entry[token].decoded_token == llm.get_tokenizer().decode([token], skip_special_tokens=False)
 
 
 def test_chat_applies_the_template(llm: LLM) -> None:
@@ -279,3 +279,97 @@ def test_abort_frees_pages_and_leaves_others_alone(folder: Path, llm: LLM) -> No
         done |= {output.request_id: output.outputs[0].token_ids for output in engine.step() if output.finished}
     assert done == dict.fromkeys("ac", ids(llm, "hello", greedy()))
     assert engine.scheduler.pool.num_used == 0
+
+
+def test_an_interrupted_step_costs_time_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the pages were given away and before they came back."""
+    engine, alone = llm.engine, ids(llm, "hello", greedy())
+    engine.add_request("hello", greedy(), "kept")
+    engine.step()
+    runner = engine.runner
+    whole = runner._compiled_step
+
+    def interrupted(bucket: Any) -> Any:
+        def step(*arguments: Any) -> Any:
+            whole(bucket)(*arguments)
+            raise KeyboardInterrupt
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_compiled_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine.scheduler.check()
+    outputs = []
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+    assert outputs[0].outputs[0].token_ids == alone
+    assert outputs[0].metrics.num_preemptions == 1
+
+
+def test_a_refused_request_does_not_change_the_draws_of_others(folder: Path) -> None:
+    made = []
+    for refuse in (False, True):
+        one = LLM(folder, **OPTIONS)
+        if refuse:
+            with pytest.raises(InvalidRequestError):
+                one.generate("", use_tqdm=False)
+        made.append(ids(one, "abc", SamplingParams(max_tokens=8)))
+    assert made[0] == made[1]
+    assert made[0] != ids(LLM(folder, **OPTIONS), "abc", SamplingParams(max_tokens=8, seed=0))
+
+
+def test_prompts_as_vllm_and_numpy_give_them(llm: LLM) -> None:
+    tokens = llm.get_tokenizer().encode("hello")
+    expected = ids(llm, "hello", greedy())
+    assert ids(llm, {"prompt": "hello"}, greedy()) == expected
+    assert ids(llm, [{"prompt_token_ids": tokens}], greedy()) == expected
+    assert ids(llm, np.array([tokens]), greedy()) == expected
+    assert (
+        ids(llm, [np.array(tokens)], SamplingParams(temperature=np.float32(0), max_tokens=np.int64(8), ignore_eos=True, stop=None))
+        == expected
+    )
+    for bad in (b"abc", {1, 2}, None, 5, {"text": "a"}, np.ones((2, 2)), [b"abc"]):
+        with pytest.raises(InvalidRequestError, match=r"prompts? (is|has)"):
+            llm.generate(bad, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="sampling_params is int"):
+        llm.generate("a", 5, use_tqdm=False)
+    for bad in ({}, [], [[]], "hi", [["a"]]):
+        with pytest.raises(InvalidRequestError, match=r"messages is|conversation 0 is"):
+            llm.chat(bad, use_tqdm=False)
+
+
+def test_generate_leaves_foreign_requests_alone(llm: LLM) -> None:
+    llm.engine.add_request("foreign", greedy(), "0")
+    with pytest.raises(InvalidRequestError, match="unfinished requests of add_request"):
+        llm.generate("a", use_tqdm=False)
+    assert llm.engine.add_request("another", greedy()) != "0"
+    while llm.engine.has_unfinished_requests:
+        llm.engine.step()
+
+
+def test_the_text_of_a_stop_token_is_kept_only_if_asked(llm: LLM) -> None:
+    tokens = ids(llm, "hello", greedy(6))
+    stop, decode = tokens[3], llm.get_tokenizer().decode
+    end = tokens.index(stop)
+    for keep in (False, True):
+        params = greedy(6, stop_token_ids=[stop], include_stop_str_in_output=keep)
+        assert llm.generate("hello", params, use_tqdm=False)[0].outputs[0].text == decode(tokens[: end + keep])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"page_size": 16.0}, "page_size is 16.0"),
+        ({"page_size": True}, "page_size is True"),
+        ({"lazy": "no"}, "lazy is 'no'"),
+        ({"attention_backend": "bogus"}, "attention_backend is 'bogus', but must be one of native"),
+        ({"memory_share": None}, "memory_share is None"),
+        ({"max_num_batched_tokens": 2, "max_num_seqs": 4}, "max_num_batched_tokens is 2, but must be >= max_num_seqs 4"),
+    ],
+    ids=str,
+)
+def test_bad_settings(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**fields)

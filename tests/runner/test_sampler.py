@@ -7,11 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from pjax.runner.sampler import Sampled, SamplingArrays, filter_logits, pick, sample
+from pjax.runner.sampler import Sampled, SamplingArrays, filter_logits, sample
 
 VOCABS = (1, 2, 5, 255, 256, 257, 1000)
 P = np.array([0.4, 0.3, 0.2, 0.1])
@@ -20,7 +17,6 @@ DRAWS = 8192  # the same shapes in many tests: compiling takes longer than runni
 NEAR = 1e-5  # probabilities this near to a bound may fall on either side of it
 
 _filter = jax.jit(filter_logits)
-_pick = jax.jit(pick)
 _sample = jax.jit(sample, static_argnums=3)
 
 
@@ -235,37 +231,6 @@ def test_seeds_and_positions_all_count() -> None:
     for seed, position in (((numbers, zeros), 0), ((zeros, numbers), 0), ((zeros, zeros), numbers), ((zeros, zeros), numbers << 20)):
         tokens = run(flat, position, seed=np.stack(seed, 1)).tokens
         assert 200 <= len(set(tokens.tolist())) <= 250, "1000 tokens drawn 256 times: 226 different ones are expected"
-
-
-# ---- pick
-
-
-@given(data=st.data(), vocab=st.sampled_from(VOCABS), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_pick_inverts_the_cumulative_distribution(data: st.DataObject, vocab: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    live = data.draw(st.sampled_from([0.01, 0.3, 1]))
-    weights = rng.integers(1, 4, (64, vocab)) * (rng.random((64, vocab)) < live)
-    weights[:, data.draw(st.integers(0, vocab - 1))] += 1
-    uniform = data.draw(hnp.arrays(np.int32, 64, elements=st.integers(0, 1023), fill=st.nothing())) / 1024  # all sums are exact
-    expected = [np.searchsorted(np.cumsum(row), u * row.sum(), side="right") for row, u in zip(weights, uniform, strict=True)]
-    assert np.asarray(_pick(weights.astype(np.float32), uniform.astype(np.float32))).tolist() == expected
-
-
-@pytest.mark.parametrize("vocab", [255, 257, 1000, 3000])
-def test_pick_never_takes_a_token_without_weight(vocab: int) -> None:
-    """Uniform numbers at the steps of the cumulative distribution, where rounding decides."""
-    for seed in range(16):
-        rng = np.random.default_rng(seed)
-        weights = np.where(rng.random(vocab) < (0.02, 0.1, 0.3, 1)[seed % 4], np.exp(2 * rng.standard_normal(vocab)), 0).astype(np.float32)
-        weights[rng.integers(vocab)] = 1
-        cumulative = np.cumsum(weights, dtype=np.float64) / weights.sum(dtype=np.float64)
-        edges = np.round(rng.choice(cumulative, 400) * 2**23)[:, None] + np.arange(-2, 3)
-        uniform = (np.clip(edges.ravel(), 0, 2**23 - 1) / 2**23).astype(np.float32)  # what jax.random.uniform can give
-        tokens = np.asarray(_pick(np.broadcast_to(weights, (len(uniform), vocab)), uniform))
-        assert (weights[tokens] > 0).all()
-        before = cumulative[tokens] - weights[tokens] / weights.sum(dtype=np.float64)
-        assert np.maximum(before - uniform, uniform - cumulative[tokens]).max() < 1e-6
 
 
 # ---- log-probabilities

@@ -182,9 +182,9 @@ def test_commit_returns_who_got_a_token_and_when() -> None:
     a, b = make_request("a", 4, 1), make_request("b", 4)
     scheduler = make_scheduler(a, b, max_num_batched_tokens=6)
     for now, changed in ((1.0, [a]), (2.0, [b]), (3.0, [b])):
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(now - 0.5)
         assert plan is not None and scheduler.commit(plan, [9] * len(plan.rows), now) == changed
-    assert [(r.metrics.first_scheduled_time, r.metrics.first_token_time) for r in (a, b)] == [(1.0, 1.0), (1.0, 2.0)]
+    assert [(r.metrics.first_scheduled_time, r.metrics.first_token_time) for r in (a, b)] == [(0.5, 1.0), (0.5, 2.0)]
 
 
 def test_abort() -> None:

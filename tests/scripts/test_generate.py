@@ -47,7 +47,10 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     ("arguments", "message"),
     [
         ((), "there is no prompt"),
-        (("a", "--top-p", "2"), "top_p is 2.0, but must be in (0, 1]"),
+        (("a", "--top-p", "2", "--temperature", "1"), "top_p is 2.0, but must be in (0, 1]"),
+        (("a", "--top-p", "0.5", "--seed", "1"), "--top-p, --seed: no use at --temperature 0"),
+        (("a", "--system", "b"), "--system needs --chat"),
+        (("a", "--max-num-seqs", "0"), "max_num_seqs is 0"),
         (("a", "--max-tokens", "0"), "max_tokens is 0"),
         (("a", "--model", "/nowhere"), "/nowhere does not exist"),
         (("a", "--kv-cache-memory", "lots"), "'lots' is no size such as 500M or 2G"),
