@@ -29,6 +29,7 @@ LANES = 128
 BLOCK = 128  # tokens of KV that one step of the inner loop takes
 BUFFER_BYTES = 4 << 20  # of VMEM for two blocks of pages
 PREFILL_ROWS = 128  # query rows of a tile and KV head, about
+PREFILL_BYTES = 6 << 20  # of VMEM for all that grows with them
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 
 
@@ -326,8 +327,6 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
     """`out` with the outputs of the rows from `num_decode` on."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
-    tiles = Tiles.of(batch, num_tokens, max(PREFILL_ROWS // ratio // 8 * 8, 8))
-    num_tiles, num_rows = tiles.rows.shape[0], tiles.size * ratio
     width = num_kv_heads * head_size
 
     def lanes_of(first: int) -> int:
@@ -335,6 +334,11 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
         return _up(max(stop - start for start, stop in windows))
 
     key_lanes, value_lanes = lanes_of(0), lanes_of(width)
+    # Query and output blocks are double-buffered; accumulator and statistics are float32.
+    row_bytes = num_kv_heads * ((key_lanes + value_lanes) * 2 * q.dtype.itemsize + (value_lanes + 2 * LANES) * 4)
+    most = min(PREFILL_ROWS, PREFILL_BYTES // row_bytes)
+    tiles = Tiles.of(batch, num_tokens, max(most // ratio // 8 * 8, 8))
+    num_tiles, num_rows = tiles.rows.shape[0], tiles.size * ratio
     queries = q[tiles.tokens].reshape(num_tiles, tiles.size, num_kv_heads, ratio, head_size)
     queries = jnp.einsum(
         "mtkrh,khl->kmtrl", queries, jnp.asarray(_placement(spec, 0, key_lanes), q.dtype), precision=spec.precision
