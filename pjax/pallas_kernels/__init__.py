@@ -1,5 +1,6 @@
 """Paged attention over a preallocated page pool. Imports jax only, and is usable without the rest of pjax."""
 
-from pjax.pallas_kernels.paged_attention import RaggedBatch, paged_attention, paged_attention_reference
+from pjax.pallas_kernels.paged_attention import RaggedBatch, paged_attention
+from pjax.pallas_kernels.pages import page_bytes, pool_shape, read_kv, write_kv
 
-__all__ = ["RaggedBatch", "paged_attention", "paged_attention_reference"]
+__all__ = ["RaggedBatch", "page_bytes", "paged_attention", "pool_shape", "read_kv", "write_kv"]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.paged_attention.native import is_available, supports
+from pjax.pallas_kernels.paged_attention.checks import check_values
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 
-# The module of each backend and its function there; imported when it is first used, since Pallas takes a while.
-BACKENDS = {
-    "native": ("native", "paged_attention_native"),
-    "xla": ("cpu", "paged_attention_cpu"),
-    "tpu": ("tpu", "paged_attention_tpu"),
-    "reference": ("reference", "paged_attention_reference"),
-}
+log = logging.getLogger(__name__)
+
+# Each backend's module has `attend(q, pages, batch, options)`, and `why_not(q, pages, options)`, which gives the reason
+# why it can't serve these arguments. Imported when it is first asked, since Pallas takes a while.
+BACKENDS = {"native": "native", "tpu": "tpu", "xla": "xla", "reference": "reference"}
+PREFERRED = {"cpu": ("native",), "tpu": ("tpu",)}  # by platform, best first; after them XLA, which takes everything
 PACKAGE = "pjax.pallas_kernels.paged_attention"
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
+DEBUG_VARIABLE = "PJAX_DEBUG"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,34 +51,61 @@ def paged_attention(
       backend: "native" (CPU, float32), "tpu", "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
         says, else the fastest that takes these arguments on this platform.
 
+    With PJAX_DEBUG=1 in the environment the batch's values are checked too (see `check_values`).
+
     Returns:
       [T, N, H] in q's dtype. Padding tokens give zeros.
 
     Raises:
       ValueError: shapes or dtypes do not fit; the message names the argument, its value and the bound.
+      NotImplementedError: the backend that was named does not take these arguments; the message says why.
     """
     _check(q, pages, batch, num_kv_heads, sliding_window, logit_softcap)
-    name = backend or os.environ.get(BACKEND_VARIABLE) or _fastest(q, pages)
-    if name not in BACKENDS:
-        raise ValueError(f"attention backend is {name!r}, but must be one of {', '.join(sorted(BACKENDS))}")
-    module, function = BACKENDS[name]
-    attend = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)
-    return attend(
-        q,
-        pages,
-        batch,
+    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+        check_values(batch, num_tokens=q.shape[0], num_pages=pages.shape[0], page_size=pages.shape[1])
+    options = AttentionOptions(
         num_kv_heads=num_kv_heads,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
     )
+    name = backend or os.environ.get(BACKEND_VARIABLE)
+    chosen = _named(name, q, pages, options) if name else _fastest(q, pages, options)
+    out: jax.Array = chosen.attend(q, pages, batch, options)
+    return out
 
 
-def _fastest(q: jax.Array, pages: jax.Array) -> str:
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{PACKAGE}.{BACKENDS[name]}")
+
+
+def _named(name: str, q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Any:
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend is {name!r}, but must be one of {', '.join(sorted(BACKENDS))}")
+    module = _module(name)
+    reason = module.why_not(q, pages, options)
+    if reason:
+        raise NotImplementedError(f"attention backend {name!r} {reason}; 'xla' takes any")
+    return module
+
+
+def _fastest(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Any:
     platform = jax.default_backend()
-    if platform == "cpu" and supports(q, pages) and is_available():
-        return "native"
-    return "tpu" if platform == "tpu" and q.dtype == pages.dtype and q.dtype != jnp.float16 else "xla"
+    reasons = []
+    for name in PREFERRED.get(platform, ()):
+        module = _module(name)
+        reason = module.why_not(q, pages, options)
+        if reason is None:
+            return module
+        reasons.append(f"{name!r} {reason}")
+    _say_once(platform, "; ".join(reasons) or "it has no kernel of its own")
+    return _module("xla")
+
+
+@functools.cache
+def _say_once(platform: str, reasons: str) -> None:
+    level = logging.INFO if platform == "cpu" else logging.WARNING
+    log.log(level, "paged attention on %s goes through XLA, not through a kernel: %s", platform, reasons)
 
 
 def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None) -> None:

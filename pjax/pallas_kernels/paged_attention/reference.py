@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.pages import read_kv
 
 
-def paged_attention_reference(
-    q: jax.Array,
-    pages: jax.Array,
-    batch: RaggedBatch,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
-) -> jax.Array:
+def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
+    """It takes everything."""
+    return None
+
+
+def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """Attention of each packed token over its own sequence's pages, by the definition.
 
     Query head `n` reads KV head `n // (N / K)`. A token at position `p` attends to positions
@@ -27,6 +24,7 @@ def paged_attention_reference(
     Returns [T, N, H]; zero for padding. Source: Kwon et al. 2023, section 4.1, equation 4.
     """
     num_tokens, num_heads, head_size = q.shape
+    num_kv_heads, window = options.num_kv_heads, options.sliding_window
     group = num_heads // num_kv_heads
     rows = batch.token_rows(num_tokens)
     positions = batch.token_positions(num_tokens)
@@ -37,12 +35,12 @@ def paged_attention_reference(
     kv = kv[jnp.minimum(rows, batch.num_rows - 1)]  # [T, W·G, 2, K, H]
 
     queries = q.reshape(num_tokens, num_kv_heads, group, head_size).astype(jnp.float32)
-    logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, 0], precision="highest") * scale
-    if logit_softcap is not None:
-        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, 0], precision="highest") * options.scale
+    if options.logit_softcap is not None:
+        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
     seen = kv_positions <= positions[:, None]
-    if sliding_window is not None:
-        seen &= kv_positions > positions[:, None] - sliding_window
+    if window is not None:
+        seen &= kv_positions > positions[:, None] - window
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
     out = jnp.einsum("tkgc,tckh->tkgh", weights, kv[:, :, 1], precision="highest")

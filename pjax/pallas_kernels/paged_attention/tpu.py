@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
 
 LANES = 128
@@ -37,15 +38,17 @@ MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 class _Spec:
     """What both kernels need to know when they are traced."""
 
-    num_kv_heads: int  # K
+    options: AttentionOptions
     ratio: int  # R = N / K
     head_size: int  # H
     page_size: int  # G
     pages_per_block: int
-    scale: float
-    sliding_window: int | None
-    logit_softcap: float | None
     exact: bool  # float32 products in full precision
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.options.num_kv_heads
 
     @property
     def block(self) -> int:
@@ -76,42 +79,31 @@ def _up(lanes: int) -> int:
     return -(-lanes // LANES) * LANES
 
 
-def paged_attention_tpu(
-    q: jax.Array,
-    pages: jax.Array,
-    batch: RaggedBatch,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
-    interpret: Any = False,
-) -> jax.Array:
+def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
+    """The reason why the kernels can't be used for these arguments, or None."""
+    if q.dtype != pages.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 or bfloat16, the same for both, but q is {q.dtype} and pages are {pages.dtype}"
+    return None
+
+
+def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
-    float32 and bfloat16; q and pages of the same dtype. `interpret` is passed to `pallas_call`. Padding gives zeros.
+    float32 and bfloat16; q and pages of the same dtype. Padding gives zeros.
     """
-    if q.dtype != pages.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"attention backend 'tpu' takes float32 or bfloat16, the same for both, but q is {q.dtype} and pages are {pages.dtype}; "
-            "'xla' takes any"
-        )
     num_heads, head_size = q.shape[1:]
     page_size, width = pages.shape[1:]
     fits = max(BUFFER_BYTES // (2 * width * pages.dtype.itemsize), page_size)
     spec = _Spec(
-        num_kv_heads=num_kv_heads,
-        ratio=num_heads // num_kv_heads,
+        options=options,
+        ratio=num_heads // options.num_kv_heads,
         head_size=head_size,
         page_size=page_size,
         pages_per_block=max(min(BLOCK, fits) // page_size, 1),
-        scale=scale,
-        sliding_window=sliding_window,
-        logit_softcap=logit_softcap,
         exact=q.dtype == jnp.float32,
     )
-    out = _decode(q, pages, batch, spec, interpret)
-    return out if batch.decode_only else _prefill(out, q, pages, batch, spec, interpret)
+    out = _decode(q, pages, batch, spec)
+    return out if batch.decode_only else _prefill(out, q, pages, batch, spec)
 
 
 # ---- what both kernels share
@@ -165,9 +157,9 @@ def _live_values(values: Any, index: Any, first: Any, stop: Any, spec: _Spec) ->
 def _scores(q: Any, keys: Any, visible: Any, spec: _Spec) -> Any:
     """float32 [rows, block]: scaled, capped and masked."""
     scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=spec.precision)
-    scores = scores * spec.scale
-    if spec.logit_softcap is not None:
-        scores = spec.logit_softcap * jnp.tanh(scores / spec.logit_softcap)
+    scores = scores * spec.options.scale
+    if spec.options.logit_softcap is not None:
+        scores = spec.options.logit_softcap * jnp.tanh(scores / spec.options.logit_softcap)
     return jnp.where(visible, scores, MASKED)
 
 
@@ -190,7 +182,7 @@ def _clear(top: Any, total: Any, acc: Any) -> None:
 
 
 def _first_seen(position: Any, spec: _Spec) -> Any:
-    return 0 if spec.sliding_window is None else jnp.maximum(position - spec.sliding_window + 1, 0)
+    return 0 if spec.options.sliding_window is None else jnp.maximum(position - spec.options.sliding_window + 1, 0)
 
 
 # ---- decode
@@ -233,7 +225,7 @@ def _decode_kernel(
         out[0, j] = jnp.sum(jnp.where(own_lanes(result.shape, offset, j), result, 0.0), axis=0).astype(out.dtype)
 
 
-def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec, interpret: Any) -> jax.Array:
+def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> jax.Array:
     """[T, N, H] with the outputs of the decode rows, zero elsewhere."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
@@ -260,7 +252,6 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec, int
             ],
         ),
         name="paged_decode",
-        interpret=interpret,
     )(batch.block_tables[:num_rows], lens, by_lane, pages)
     out = out[:, :, num_kv_heads * head_size - value_start :]
     out = out.reshape(num_rows, ratio, num_kv_heads, head_size).swapaxes(1, 2).reshape(num_rows, num_heads, head_size)
@@ -298,8 +289,8 @@ def _prefill_kernel(
     def step(index: Any, slot: Any) -> None:
         positions = index * spec.block + lax.broadcasted_iota(jnp.int32, shape, 1)
         visible = (positions <= query_positions) & (positions < stop)
-        if spec.sliding_window is not None:
-            visible &= positions > query_positions - spec.sliding_window
+        if spec.options.sliding_window is not None:
+            visible &= positions > query_positions - spec.options.sliding_window
         for head in range(spec.num_kv_heads):
             key_start, key_stop = spec.window(head * spec.head_size)
             value_start, value_stop = spec.window((spec.num_kv_heads + head) * spec.head_size)
@@ -323,7 +314,7 @@ def _placement(spec: _Spec, first: int, lanes: int) -> np.ndarray:
     return ones
 
 
-def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec, interpret: Any) -> jax.Array:
+def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> jax.Array:
     """`out` with the outputs of the rows from `num_decode` on."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
@@ -360,7 +351,6 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
             ],
         ),
         name="paged_prefill",
-        interpret=interpret,
     )(batch.block_tables, tiles.rows, tiles.counts, tiles.positions, queries, pages)
     result = jnp.einsum(
         "kmtrl,khl->mtkrh",

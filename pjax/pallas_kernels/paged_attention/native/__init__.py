@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,33 +38,19 @@ def is_available() -> bool:
     return False
 
 
-def supports(q: jax.Array, pages: jax.Array) -> bool:
-    """Whether dtypes and head size are ones that the kernel has."""
-    return q.dtype == jnp.float32 and pages.dtype == jnp.float32 and q.shape[-1] in HEAD_SIZES
+def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
+    """The reason why the kernel can't be used for these arguments, or None."""
+    if q.dtype != jnp.float32 or pages.dtype != jnp.float32 or q.shape[-1] not in HEAD_SIZES:
+        shown = ", ".join(map(str, HEAD_SIZES))
+        return f"takes float32 and head sizes {shown}, but q is {q.dtype} of {q.shape[-1]} and pages are {pages.dtype}"
+    return None if is_available() else "was not built: install pjax where a C++ compiler is"
 
 
-def paged_attention_native(
-    q: jax.Array,
-    pages: jax.Array,
-    batch: RaggedBatch,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
-) -> jax.Array:
+def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """Attention of each packed token over its own sequence's pages, on CPUs. See `paged_attention` for arguments.
 
     float32 only, head sizes of `HEAD_SIZES`. Padding gives zeros.
     """
-    if not is_available():
-        raise RuntimeError("attention backend 'native' was not built: install pjax where a C++ compiler is, or use 'xla'")
-    if not supports(q, pages):
-        shown = ", ".join(map(str, HEAD_SIZES))
-        raise ValueError(
-            f"attention backend 'native' takes float32 and head sizes {shown}, but q is {q.dtype} of {q.shape[-1]} and pages are "
-            f"{pages.dtype}; 'xla' takes any"
-        )
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(
         q,
@@ -71,8 +58,8 @@ def paged_attention_native(
         batch.row_starts,
         batch.kv_lens,
         batch.block_tables,
-        num_kv_heads=np.int64(num_kv_heads),
-        scale=np.float32(scale),
-        window=np.int64(sliding_window or 0),
-        softcap=np.float32(logit_softcap or 0),
+        num_kv_heads=np.int64(options.num_kv_heads),
+        scale=np.float32(options.scale),
+        window=np.int64(options.sliding_window or 0),
+        softcap=np.float32(options.logit_softcap or 0),
     )

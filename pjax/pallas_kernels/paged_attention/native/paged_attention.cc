@@ -1,6 +1,6 @@
 // Paged attention for CPUs, called by XLA through its foreign-function interface. Float32.
 //
-// The definition is reference.py's. Plain XLA (cpu.py) has to copy each block of pages twice before a product can use
+// The definition is reference.py's. Plain XLA (xla.py) has to copy each block of pages twice before a product can use
 // it; here keys and values are read where they lie. Flash accumulation (Dao et al. 2022, algorithm 1) over blocks of
 // pages. Work is cut into items, decode rows and tiles of prefill queries, that XLA's own threads take in turn.
 

@@ -9,13 +9,13 @@ or tile costs nothing. Sizes were chosen by measurement (docs/decisions/0003-cpu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.pages import read_kv
 
 DECODE_GROUP = 8  # rows that one iteration serves
@@ -25,34 +25,21 @@ PREFILL_BLOCK = 128  # tokens of KV that one iteration reads for a tile
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN; exp(MASKED - max) is 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    num_kv_heads: int
-    scale: float
-    sliding_window: int | None
-    logit_softcap: float | None
+def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
+    """It takes everything, on every platform."""
+    return None
 
 
-def paged_attention_cpu(
-    q: jax.Array,
-    pages: jax.Array,
-    batch: RaggedBatch,
-    *,
-    num_kv_heads: int,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
-) -> jax.Array:
+def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
     Products accumulate in float32 whatever the dtypes. Padding gives zeros.
     """
-    settings = _Settings(num_kv_heads=num_kv_heads, scale=scale, sliding_window=sliding_window, logit_softcap=logit_softcap)
     num_tokens, num_heads, head_size = q.shape
-    grouped_q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
-    out = _decode_rows(grouped_q, pages, batch, settings)
+    grouped_q = q.reshape(num_tokens, options.num_kv_heads, num_heads // options.num_kv_heads, head_size)
+    out = _decode_rows(grouped_q, pages, batch, options)
     if not batch.decode_only:
-        out = _prefill_tiles(out, grouped_q, pages, batch, settings)
+        out = _prefill_tiles(out, grouped_q, pages, batch, options)
     return out.reshape(num_tokens, num_heads, head_size)
 
 
@@ -64,10 +51,10 @@ def _flash(
     block: int,
     visible: Callable[[jax.Array], jax.Array],  # kv positions [B] -> bool [..., M or 1, B]
     live: Callable[[jax.Array], jax.Array],  # kv positions [B] -> bool [..., B]: written slots
-    settings: _Settings,
+    options: AttentionOptions,
 ) -> jax.Array:
     """Softmax(q·Kᵀ)·V over blocks `[first_block, num_blocks)`, in float32. Source: Dao et al. 2022, algorithm 1."""
-    queries = (queries.astype(jnp.float32) * settings.scale).astype(queries.dtype)
+    queries = (queries.astype(jnp.float32) * options.scale).astype(queries.dtype)
     lead = queries.shape[:-1]
 
     def body(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -77,12 +64,12 @@ def _flash(
         # A slot that nobody wrote may hold NaN, and 0 · NaN is NaN.
         kv = jnp.where(live(positions)[..., None, None, None], kv, jnp.zeros((), kv.dtype)).astype(queries.dtype)
         logits = jnp.einsum("...kmh,...bkh->...kmb", queries, kv[..., 0, :, :], preferred_element_type=jnp.float32)
-        if settings.logit_softcap is not None:
-            logits = settings.logit_softcap * jnp.tanh(logits / settings.logit_softcap)
+        if options.logit_softcap is not None:
+            logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
         logits = jnp.where(visible(positions)[..., None, :, :], logits, MASKED)
         new_top = jnp.maximum(top, logits.max(axis=-1))
         weights = jnp.exp(logits - new_top[..., None])
-        weights = jnp.where(visible(positions)[..., None, :, :], weights, 0.0) if settings.sliding_window is not None else weights
+        weights = jnp.where(visible(positions)[..., None, :, :], weights, 0.0) if options.sliding_window is not None else weights
         shrink = jnp.exp(top - new_top)
         values = jnp.einsum("...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :, :], preferred_element_type=jnp.float32)
         return index + 1, new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + values
@@ -97,17 +84,17 @@ def _flash(
     return acc / jnp.where(total == 0, 1.0, total)[..., None]
 
 
-def _first_block(position: jax.Array, block: int, settings: _Settings) -> jax.Array:
-    if settings.sliding_window is None:
+def _first_block(position: jax.Array, block: int, options: AttentionOptions) -> jax.Array:
+    if options.sliding_window is None:
         return jnp.int32(0)
-    return jnp.maximum(position - settings.sliding_window + 1, 0) // block
+    return jnp.maximum(position - options.sliding_window + 1, 0) // block
 
 
-def _see(query_positions: jax.Array, kv_positions: jax.Array, settings: _Settings) -> jax.Array:
+def _see(query_positions: jax.Array, kv_positions: jax.Array, options: AttentionOptions) -> jax.Array:
     """bool [..., M, B]: causal, within the window."""
     seen = kv_positions <= query_positions[..., None]
-    if settings.sliding_window is not None:
-        seen &= kv_positions > query_positions[..., None] - settings.sliding_window
+    if options.sliding_window is not None:
+        seen &= kv_positions > query_positions[..., None] - options.sliding_window
     return seen
 
 
@@ -117,7 +104,7 @@ def _table_block(table: jax.Array, index: jax.Array, pages_per_block: int) -> ja
     return jnp.take(table, columns, axis=-1, mode="clip")
 
 
-def _decode_rows(q: jax.Array, pages: jax.Array, batch: RaggedBatch, settings: _Settings) -> jax.Array:
+def _decode_rows(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """[T, K, R, H] with the outputs of the decode rows; zero elsewhere."""
     page_size = pages.shape[1]
     num_rows = min(batch.num_rows, q.shape[0])
@@ -133,13 +120,13 @@ def _decode_rows(q: jax.Array, pages: jax.Array, batch: RaggedBatch, settings: _
         least = jnp.where(lens > 0, lens, lens.max()).min()
         result = _flash(
             lax.dynamic_slice_in_dim(q, first, group),
-            lambda i: read_kv(pages, _table_block(tables, i, block // page_size), settings.num_kv_heads),
-            _first_block(least - 1, block, settings),
+            lambda i: read_kv(pages, _table_block(tables, i, block // page_size), options.num_kv_heads),
+            _first_block(least - 1, block, options),
             (lens.max() + block - 1) // block,
             block,
-            lambda kv_positions: _see(lens[:, None] - 1, kv_positions, settings),
+            lambda kv_positions: _see(lens[:, None] - 1, kv_positions, options),
             lambda kv_positions: kv_positions < lens[:, None],
-            settings,
+            options,
         ).astype(q.dtype)
         kept = lax.dynamic_slice_in_dim(out, first, group)
         result = jnp.where((lens > 0)[:, None, None, None], result, kept)
@@ -149,7 +136,7 @@ def _decode_rows(q: jax.Array, pages: jax.Array, batch: RaggedBatch, settings: _
     return lax.fori_loop(0, num_groups, one_group, jnp.zeros_like(q))
 
 
-def _prefill_tiles(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch, settings: _Settings) -> jax.Array:
+def _prefill_tiles(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """`out` with the outputs of the rows from `num_decode` on written into it, a tile of query tokens at a time."""
     page_size = pages.shape[1]
     num_tokens, num_kv_heads, ratio, head_size = q.shape
@@ -177,12 +164,12 @@ def _prefill_tiles(out: jax.Array, q: jax.Array, pages: jax.Array, batch: Ragged
         result = _flash(
             queries.reshape(num_kv_heads, tile * ratio, head_size),
             lambda i: read_kv(pages, _table_block(table, i, block // page_size), num_kv_heads),
-            _first_block(batch.kv_lens[row] - (end - own), block, settings),
+            _first_block(batch.kv_lens[row] - (end - own), block, options),
             (last + block - 1) // block,
             block,
-            lambda kv_positions: _see(query_positions, kv_positions, settings),
+            lambda kv_positions: _see(query_positions, kv_positions, options),
             lambda kv_positions: kv_positions < last,
-            settings,
+            options,
         )
         result = jnp.moveaxis(result.reshape(num_kv_heads, tile, ratio, head_size), 1, 0).astype(q.dtype)
         kept = lax.dynamic_slice_in_dim(out, start, tile)
