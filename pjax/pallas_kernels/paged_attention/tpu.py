@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,43 +109,107 @@ def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: Attentio
 # ---- what both kernels share
 
 
+class _Span(NamedTuple):
+    """The work of one grid step: tokens [first, stop) of its row of the block table; none when stop is 0."""
+
+    first: Any
+    stop: Any
+
+
 def _stream(
-    pages: Any, table: Callable[[Any], Any], buffer: Any, semaphores: Any, first: Any, stop: Any, spec: _Spec, step: Callable[..., None]
+    table: Any,
+    next_table: Any,
+    spans: Callable[[Any], _Span],
+    pages: Any,
+    buffer: Any,
+    turn: Any,
+    semaphores: Any,
+    spec: _Spec,
+    step: Callable[..., None],
 ) -> None:
-    """Runs `step(block index, slot of the buffer)` over the blocks that hold tokens [first, stop), copying one ahead.
+    """Runs `step(block index, slot of the buffer)` over the blocks of this grid step's span, copying one ahead.
+
+    The last block of a grid step copies the first one of the next, so that no step but the first waits for a whole
+    copy. Grid steps with work come before those without, in one order on one core.
 
     Args:
+      table, next_table: SMEM [1, 1, W]: the block table's rows of this grid step and of the next.
+      spans: the span of a grid step.
       pages: the pool in HBM.
-      table: page id of a column of the block table.
       buffer: VMEM [2, block, 2·K·H].
+      turn: SMEM [1]: the slot of this grid step's first block.
       semaphores: DMA [2].
     """
-    first_block, num_blocks = first // spec.block, pl.cdiv(stop, spec.block)
+    this = pl.program_id(0)
+    following = jnp.minimum(this + 1, pl.num_programs(0) - 1)
+    span, after = spans(this), spans(following)
+    more = (this + 1 < pl.num_programs(0)) & (after.stop > 0)
+    first_block, num_blocks = span.first // spec.block, pl.cdiv(span.stop, spec.block)
 
-    def copies(index: Any, slot: Any, act: Callable[[Any], None]) -> None:
+    def live(span: _Span, index: Any) -> tuple[Any, Any]:
+        """Pages of block `index` that hold tokens of the span."""
+        begin = index * spec.pages_per_block
+        return (
+            jnp.maximum(span.first // spec.page_size, begin),
+            jnp.minimum(pl.cdiv(span.stop, spec.page_size), begin + spec.pages_per_block),
+        )
+
+    def start(span: _Span, index: Any, slot: Any, page_id: Callable[[Any], Any]) -> None:
+        low, high = live(span, index)
         for j in range(spec.pages_per_block):
             column = index * spec.pages_per_block + j
-            live = (column * spec.page_size < stop) & ((column + 1) * spec.page_size > first)
 
-            @pl.when(live)
+            @pl.when((column >= low) & (column < high))
             def _(column: Any = column, j: int = j) -> None:
                 target = buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
-                act(pltpu.make_async_copy(pages.at[table(column)], target, semaphores.at[slot]))
+                pltpu.make_async_copy(pages.at[page_id(column)], target, semaphores.at[slot]).start()
 
-    @pl.when(first_block < num_blocks)
+    def wait(index: Any, slot: Any) -> None:
+        low, high = live(span, index)
+        num_tokens = pl.multiple_of((high - low) * spec.page_size, spec.page_size)
+        copied = buffer.at[slot, pl.ds(0, num_tokens)]
+        pltpu.make_async_copy(copied, copied, semaphores.at[slot]).wait()  # for all of them: a wait counts bytes
+
+    @pl.when(this == 0)
     def _() -> None:
-        copies(first_block, 0, lambda copy: copy.start())
+        turn[0] = 0
+
+        @pl.when(span.stop > 0)
+        def _() -> None:
+            start(span, first_block, 0, lambda column: table[0, 0, column])
+
+    turned = turn[0]
 
     @pl.loop(first_block, num_blocks)
     def _(index: Any) -> None:
-        slot = lax.rem(index - first_block, 2)
+        slot = lax.rem(index - first_block + turned, 2)
+        last = index + 1 == num_blocks
+        ahead = _Span(*(jnp.where(last, b, a) for a, b in zip(span, after, strict=True)))
 
-        @pl.when(index + 1 < num_blocks)
+        @pl.when(~last | more)
         def _() -> None:
-            copies(index + 1, 1 - slot, lambda copy: copy.start())
+            start(
+                ahead,
+                jnp.where(last, after.first // spec.block, index + 1),
+                1 - slot,
+                lambda column: jnp.where(last, next_table[0, 0, column], table[0, 0, column]),
+            )
 
-        copies(index, slot, lambda copy: copy.wait())
+        wait(index, slot)
         step(index, slot)
+
+    turn[0] = lax.rem(turned + num_blocks - first_block, 2)
+
+
+def _table_specs(num_steps: int, width: int, row: Callable[..., Any]) -> list[pl.BlockSpec]:
+    """Of the block table [S, 1, W], a row at a time, for this grid step and the next: whole tables outgrow SMEM (1 MiB)."""
+
+    def at(ahead: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (1, 1, width), lambda step, *args: (row(jnp.minimum(step + ahead, num_steps - 1), *args), 0, 0), memory_space=pltpu.SMEM
+        )
+
+    return [at(0), at(1)]
 
 
 def _live_values(values: Any, index: Any, first: Any, stop: Any, spec: _Spec) -> Any:
@@ -189,11 +253,25 @@ def _first_seen(position: Any, spec: _Spec) -> Any:
 
 
 def _decode_kernel(
-    tables: Any, lens: Any, q: Any, pages: Any, out: Any, buffer: Any, acc: Any, top: Any, total: Any, semaphores: Any, *, spec: _Spec
+    lens: Any,
+    table: Any,
+    next_table: Any,
+    q: Any,
+    pages: Any,
+    out: Any,
+    buffer: Any,
+    acc: Any,
+    top: Any,
+    total: Any,
+    turn: Any,
+    semaphores: Any,
+    *,
+    spec: _Spec,
 ) -> None:
-    row = pl.program_id(0)
-    stop = lens[row]
-    first = _first_seen(stop - 1, spec)
+    def span(row: Any) -> _Span:
+        return _Span(_first_seen(lens[row] - 1, spec), lens[row])
+
+    first, stop = span(pl.program_id(0))
     num_heads, ratio = spec.num_kv_heads * spec.ratio, spec.ratio
 
     def own_lanes(shape: tuple[int, ...], offset: int, j: int) -> Any:
@@ -218,7 +296,7 @@ def _decode_kernel(
         scores = _scores(spread, buffer[slot, :, key_start:key_stop], visible, spec)
         _accumulate(scores, values, visible, top, total, acc, spec)
 
-    _stream(pages, lambda column: tables[row, column], buffer, semaphores, first, stop, spec, step)
+    _stream(table, next_table, span, pages, buffer, turn, semaphores, spec, step)
     result = acc[...] / jnp.maximum(total[:, :1], 1e-30)
     offset = spec.num_kv_heads * spec.head_size - value_start
     for j in range(ratio):
@@ -229,7 +307,8 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> 
     """[T, N, H] with the outputs of the decode rows, zero elsewhere."""
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads, ratio = spec.num_kv_heads, spec.ratio
-    num_rows = min(batch.num_rows, num_tokens)
+    num_rows, width = min(batch.num_rows, num_tokens), batch.block_tables.shape[1]
+    tables = batch.block_tables[:num_rows].reshape(num_rows, 1, width)
     lens = jnp.where(jnp.arange(num_rows, dtype=jnp.int32) < batch.num_decode, batch.kv_lens[:num_rows], 0)
     key_lanes, (value_start, value_stop) = spec.keys[1], spec.values
     by_lane = q[:num_rows].reshape(num_rows, num_kv_heads, ratio, head_size).swapaxes(1, 2).reshape(num_rows, ratio, -1)
@@ -239,20 +318,25 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> 
         functools.partial(_decode_kernel, spec=spec),
         out_shape=jax.ShapeDtypeStruct((num_rows, ratio, value_lanes), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(num_rows,),
-            in_specs=[pl.BlockSpec((1, ratio, key_lanes), lambda row, *_: (row, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[
+                *_table_specs(num_rows, width, lambda row, *_: row),
+                pl.BlockSpec((1, ratio, key_lanes), lambda row, *_: (row, 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
             out_specs=pl.BlockSpec((1, ratio, value_lanes), lambda row, *_: (row, 0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
                 pltpu.VMEM((num_heads, value_lanes), jnp.float32),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         name="paged_decode",
-    )(batch.block_tables[:num_rows], lens, by_lane, pages)
+    )(lens, tables, tables, by_lane, pages)
     out = out[:, :, num_kv_heads * head_size - value_start :]
     out = out.reshape(num_rows, ratio, num_kv_heads, head_size).swapaxes(1, 2).reshape(num_rows, num_heads, head_size)
     return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
@@ -262,10 +346,11 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> 
 
 
 def _prefill_kernel(
-    tables: Any,
     rows: Any,
     counts: Any,
     starts: Any,
+    table: Any,
+    next_table: Any,
     q: Any,
     pages: Any,
     out: Any,
@@ -273,14 +358,16 @@ def _prefill_kernel(
     acc: Any,
     top: Any,
     total: Any,
+    turn: Any,
     semaphores: Any,
     *,
     spec: _Spec,
 ) -> None:
-    tile = pl.program_id(0)
-    row, position = rows[tile], starts[tile]
-    stop = jnp.where(counts[tile] > 0, position + counts[tile], 0)
-    first = _first_seen(position, spec)
+    def span(tile: Any) -> _Span:
+        return _Span(_first_seen(starts[tile], spec), jnp.where(counts[tile] > 0, starts[tile] + counts[tile], 0))
+
+    first, stop = span(pl.program_id(0))
+    position = starts[pl.program_id(0)]
     shape = (q.shape[2], spec.block)
     query_positions = position + lax.broadcasted_iota(jnp.int32, shape, 0) // spec.ratio
     for head in range(spec.num_kv_heads):
@@ -299,7 +386,7 @@ def _prefill_kernel(
             lanes = pl.ds(0, value_stop - value_start)
             _accumulate(scores, values, visible, top.at[head], total.at[head], acc.at[head, :, lanes], spec)
 
-    _stream(pages, lambda column: tables[row, column], buffer, semaphores, first, stop, spec, step)
+    _stream(table, next_table, span, pages, buffer, turn, semaphores, spec, step)
     for head in range(spec.num_kv_heads):
         out[head, 0] = (acc[head] / jnp.maximum(total[head][:, :1], 1e-30)).astype(out.dtype)
 
@@ -330,6 +417,7 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
     most = min(PREFILL_ROWS, PREFILL_BYTES // row_bytes)
     tiles = Tiles.of(batch, num_tokens, max(most // ratio // 8 * 8, 8))
     num_tiles, num_rows = tiles.rows.shape[0], tiles.size * ratio
+    tables = batch.block_tables.reshape(batch.num_rows, 1, -1)
     queries = q[tiles.tokens].reshape(num_tiles, tiles.size, num_kv_heads, ratio, head_size)
     queries = jnp.einsum(
         "mtkrh,khl->kmtrl", queries, jnp.asarray(_placement(spec, 0, key_lanes), q.dtype), precision=spec.precision
@@ -338,20 +426,25 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
         functools.partial(_prefill_kernel, spec=spec),
         out_shape=jax.ShapeDtypeStruct((num_kv_heads, num_tiles, num_rows, value_lanes), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=(num_tiles,),
-            in_specs=[pl.BlockSpec((num_kv_heads, 1, num_rows, key_lanes), lambda m, *_: (0, m, 0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[
+                *_table_specs(num_tiles, tables.shape[-1], lambda tile, rows, *_: rows[tile]),
+                pl.BlockSpec((num_kv_heads, 1, num_rows, key_lanes), lambda m, *_: (0, m, 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
             out_specs=pl.BlockSpec((num_kv_heads, 1, num_rows, value_lanes), lambda m, *_: (0, m, 0, 0)),
             scratch_shapes=[
                 pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
                 pltpu.VMEM((num_kv_heads, num_rows, value_lanes), jnp.float32),
                 pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         name="paged_prefill",
-    )(batch.block_tables, tiles.rows, tiles.counts, tiles.positions, queries, pages)
+    )(tiles.rows, tiles.counts, tiles.positions, tables, tables, queries, pages)
     result = jnp.einsum(
         "kmtrl,khl->mtkrh",
         result.reshape(num_kv_heads, num_tiles, tiles.size, ratio, value_lanes),
