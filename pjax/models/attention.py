@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from pjax.pallas_kernels import RaggedBatch, paged_attention
-from pjax.pallas_kernels.pages import write_kv
+from pjax.pallas_kernels.kv_write import WriteTargets, write_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,20 +16,17 @@ class PagedContext:
 
     batch: RaggedBatch
     positions: jax.Array  # int32 [T]
-    slots: jax.Array  # int32 [T], of layer 0; past the end of the whole pool for padding
+    targets: WriteTargets  # of layer 0
     num_pages: int  # pages of one layer
     backend: str | None = None
 
     @classmethod
     def make(cls, batch: RaggedBatch, pages: jax.Array, num_tokens: int, num_layers: int, backend: str | None = None) -> PagedContext:
         """For T packed tokens and a pool [L·P, G, 2·K·H]."""
-        page_size = pages.shape[1]
-        num_slots = pages.shape[0] * page_size
-        slots = batch.token_slots(num_tokens, page_size, num_slots)
         return cls(
             batch=batch,
             positions=batch.token_positions(num_tokens),
-            slots=slots,
+            targets=write_targets(batch, pages, num_tokens, backend=None if backend is None else "tpu" if backend == "tpu" else "xla"),
             num_pages=pages.shape[0] // num_layers,
             backend=backend,
         )
@@ -39,7 +36,7 @@ class PagedContext:
     ) -> tuple[jax.Array, jax.Array]:
         """Writes k, v [T, K, H] as layer `layer` and attends with q [T, N, H]; returns ([T, N, H], pages)."""
         offset = layer * self.num_pages
-        pages = write_kv(pages, k, v, self.slots + offset * pages.shape[1])
+        pages = self.targets.write(pages, k, v, offset)
         batch = self.batch.offset_pages(offset)
         out = paged_attention(q, pages, batch, num_kv_heads=k.shape[1], sliding_window=sliding_window, backend=self.backend)
         return out, pages

@@ -24,6 +24,11 @@ def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: in
     return 2 * num_layers * page_size * num_kv_heads * head_size * jnp.dtype(dtype).itemsize
 
 
+def kv_rows(keys: jax.Array, values: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The pool's rows [T, 2·K·H] of keys and values [T, K, H]."""
+    return jnp.stack([keys, values], axis=1).reshape(keys.shape[0], -1).astype(dtype)
+
+
 def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """The pool with the keys and values of T tokens written at their slots; in place when `pages` is donated.
 
@@ -32,10 +37,8 @@ def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Ar
       keys, values: [T, K, H], cast to the pool's dtype.
       slots: int32 [T]: page · G + offset in the page. A slot past the end of the pool is padding and is not written.
     """
-    num_tokens, num_kv_heads, head_size = keys.shape
-    rows = jnp.stack([keys, values], axis=1).reshape(num_tokens, 2 * num_kv_heads * head_size).astype(pages.dtype)
     flat = pages.reshape(-1, pages.shape[-1])
-    return flat.at[slots].set(rows, mode="drop").reshape(pages.shape)
+    return flat.at[slots].set(kv_rows(keys, values, pages.dtype), mode="drop").reshape(pages.shape)
 
 
 def read_kv(pages: jax.Array, page_ids: jax.Array, num_kv_heads: int) -> jax.Array:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_kv
+from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape
+from pjax.pallas_kernels.kv_write import write_targets
 
 # (query tokens, tokens in the cache after the step) of each row, decode rows first; packed tokens; rows
 CASES = {
@@ -104,7 +105,8 @@ def make_step(feature: Feature, *, seed: int = 0) -> Step:
         expected[start : start + count] = attend_in_float64(q[start : start + count], kv, **feature.options)
     row_starts[len(rows) + 1 :] = row_starts[len(rows)]
     num_decode = next((i for i, (count, _) in enumerate(rows) if count != 1), len(rows))
-    batch = RaggedBatch(*(jnp.asarray(a) for a in (row_starts, kv_lens, tables, np.int32(num_decode))))
+    arrays = (jnp.asarray(a) for a in (row_starts, kv_lens, tables, np.int32(num_decode)))
+    batch = RaggedBatch(*arrays, decode_only=feature.case == "decode")
     shape = pool_shape(1, num_pages, page_size, num_kv_heads, head_size)
     return Step(
         q=jnp.asarray(q), keys=jnp.asarray(own[:, 0]), values=jnp.asarray(own[:, 1]), batch=batch, expected=expected,
@@ -133,6 +135,7 @@ class KernelSuite:
     """A backend's class sets `backend`, and `takes`."""
 
     backend: ClassVar[str]
+    write_backend: ClassVar[str] = "xla"
     features: ClassVar[Sequence[Feature]] = FEATURES
 
     @classmethod
@@ -144,20 +147,20 @@ class KernelSuite:
         """Traced under jit."""
         return paged_attention(q, pool, batch, backend=self.backend, **options)
 
-    def write(self, pool: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    def write(self, pool: jax.Array, keys: jax.Array, values: jax.Array, batch: RaggedBatch) -> jax.Array:
         """Traced under jit, with the pool donated."""
-        return write_kv(pool, keys, values, slots)
+        return write_targets(batch, pool, keys.shape[0], backend=self.write_backend).write(pool, keys, values, 0)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "feature" in metafunc.fixturenames:
             metafunc.parametrize("feature", [f for f in self.features if self.takes(f)], ids=str)
 
-    def test_a_step_matches_float64_and_touches_only_its_slots(self, feature: Feature) -> None:
+    def run(self, feature: Feature) -> None:
+        """A step, its write included, against what is expected; the pool is donated."""
         step = make_step(feature)
 
         def run(pool: jax.Array, q: jax.Array, keys: jax.Array, values: jax.Array, batch: RaggedBatch) -> tuple[jax.Array, jax.Array]:
-            slots = batch.token_slots(q.shape[0], feature.page_size, pool.shape[0] * feature.page_size)
-            pool = self.write(pool, keys, values, slots)
+            pool = self.write(pool, keys, values, batch)
             return self.attend(q, pool, batch, num_kv_heads=feature.heads[1], **feature.options), pool
 
         out, pool = jax.jit(run, donate_argnums=0)(step.pool, step.q, step.keys, step.values, step.batch)
@@ -165,6 +168,9 @@ class KernelSuite:
         assert out.dtype == step.q.dtype
         np.testing.assert_allclose(np.asarray(out, np.float64), step.expected, atol=tolerance, rtol=tolerance)
         np.testing.assert_array_equal(np.asarray(pool, np.float32), step.pool_after.astype(np.float32))
+
+    def test_a_step_matches_float64_and_touches_only_its_slots(self, feature: Feature) -> None:
+        self.run(feature)
 
     def test_what_it_does_not_take_is_refused_by_name(self) -> None:
         for feature in self.features:
