@@ -53,7 +53,7 @@ test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 AOT_VENV ?= .venv-aot
-JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2,jax[tpu])
+JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[cuda13,tpu])
 
 $(AOT_VENV)/.done: pyproject.toml
 	@echo "installing the TPU compiler into $(AOT_VENV)" >&2

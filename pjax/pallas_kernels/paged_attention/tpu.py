@@ -105,10 +105,15 @@ def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: Attentio
 
     float32 and bfloat16; q and pages of the same dtype. Padding gives zeros.
     """
-    row_bytes = pages.shape[2] * pages.dtype.itemsize
-    sizes = tuned("tpu", TpuSizes.default(row_bytes), Shape.of(q, pages, options))
-    out = _decode(q, pages, batch, _spec(q, pages, options, sizes, sizes.decode_block))
-    return out if batch.decode_only else _prefill(out, q, pages, batch, _spec(q, pages, options, sizes, sizes.prefill_block))
+    decode, prefill = plan(q, pages, options)
+    out = _decode(q, pages, batch, decode)
+    return out if batch.decode_only else _prefill(out, q, pages, batch, prefill)
+
+
+def plan(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> tuple[_Spec, _Spec]:
+    """What the decode and the prefill kernel are traced with, tuned sizes included."""
+    sizes = tuned("tpu", TpuSizes.default(pages.shape[2] * pages.dtype.itemsize), Shape.of(q, pages, options))
+    return _spec(q, pages, options, sizes, sizes.decode_block), _spec(q, pages, options, sizes, sizes.prefill_block)
 
 
 def _spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, sizes: TpuSizes, block: int) -> _Spec:
