@@ -52,17 +52,20 @@ generate: $(VENV)/.runtime ## answer PROMPT="…" (with MODEL=… a Hugging Face
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
-AOT_VENV ?= .venv-aot
-JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[cuda13,tpu])
+AOT_VENV ?= .venv-aot-$(notdir $(PYTHON))
+JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[tpu] jax-cuda13-plugin jax-cuda13-pjrt)
 
 $(AOT_VENV)/.done: pyproject.toml
-	@echo "installing the TPU compiler into $(AOT_VENV)" >&2
+	@echo "installing the compilers for TPUs and GPUs into $(AOT_VENV)" >&2
 	@$(PYTHON) -m venv "$(AOT_VENV)"
-	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(JAX_FOR_AOT)' absl-py pytest pytest-timeout
+	@$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(firstword $(JAX_FOR_AOT))' $(wordlist 2,9,$(JAX_FOR_AOT)) nvidia-cuda-nvcc absl-py flax tqdm pytest pytest-timeout
 	@touch $@
 
-test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs that are not there, in an environment of its own
-	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/aot
+# With another Python, and so another JAX, than constraints.txt has, the interpreters run there too.
+AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/test_*_interpreted.py))
+
+test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
+	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(AOT_TESTS)
 
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .

@@ -46,7 +46,7 @@ def measure(generation: str, folder: Path) -> None:
         for path in folder.iterdir():
             path.unlink()
         q, pages = jax.ShapeDtypeStruct((64, heads[0], heads[2]), jnp.bfloat16), tpu.pool_struct(heads, "bfloat16", 16)
-        block = kernel.plan(q, pages, AttentionOptions(num_kv_heads=heads[1], scale=1.0))[0].block
+        block = kernel.make_spec(q, pages, AttentionOptions(num_kv_heads=heads[1], scale=1.0), "decode").block
         memory = compiled.memory_analysis()
         figures: dict[str, Any] = {
             "model": model,

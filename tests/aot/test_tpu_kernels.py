@@ -28,12 +28,13 @@ from tests.aot.tpu import (
 
 DECODE = pytest.mark.parametrize("decode_only", [True, False], ids=["decode", "mixed"])
 
-# Bytes of KV a bundle: what keeps the chip's memory busy, and what each model's loop reached, less 3%.
+# Bytes of KV a bundle: what keeps the chip's memory busy, and what each model's loop reached.
 BUSY = {"v5e": 546, "v6e": 937}
 REACHED = {  # in the order of SHAPES
-    "v5e": dict(zip(SHAPES, (291, 948, 787, 1333, 1004, 1647, 988), strict=True)),
-    "v6e": dict(zip(SHAPES, (308, 1238, 1085, 1601, 1347, 1906, 1224), strict=True)),
+    "v5e": dict(zip(SHAPES, (301, 978, 812, 1375, 1035, 1698, 1019), strict=True)),
+    "v6e": dict(zip(SHAPES, (318, 1277, 1119, 1651, 1389, 1965, 1262), strict=True)),
 }
+SLACK = 0.12  # another version of the compiler moves them by up to a tenth
 TOO_NARROW = {"SmolLM2-135M"}  # 768 bytes a token: issuing the copies of its pages takes longer than the copies
 
 
@@ -45,7 +46,7 @@ def test_decode_keeps_memory_busy(generation: str) -> None:
     print(f"\n{generation}\n" + done.stdout)
     assert found.keys() == SHAPES.keys()
     for model, figures in found.items():
-        assert figures["bytes_per_bundle"] >= REACHED[generation][model], figures
+        assert figures["bytes_per_bundle"] >= REACHED[generation][model] * (1 - SLACK), figures
         assert figures["bytes_per_bundle"] >= BUSY[generation] or model in TOO_NARROW, figures
         assert figures["temporary"] < POOL_BYTES / 8, figures
         assert figures["argument"] < 1.05 * POOL_BYTES, figures

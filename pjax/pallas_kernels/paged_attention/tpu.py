@@ -34,17 +34,20 @@ MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 
 
 @dataclass(frozen=True, kw_only=True)
-class TpuSizes:
-    """What may be tuned. Rounded down to what the page size and VMEM allow."""
+class Sizes:
+    """What may be tuned; cut to what the page size and VMEM allow."""
 
-    decode_block: int  # tokens of KV that one step of the inner loop takes
-    prefill_block: int = 128
-    prefill_rows: int = 128  # query rows of a tile and KV head
+    block: int  # tokens of KV that one step of the inner loop takes
+    rows: int = 128  # query rows of a prefill tile and KV head
 
-    @classmethod
-    def default(cls, row_bytes: int) -> TpuSizes:
-        """By the compiler's schedules: 256 tokens beat 128 by a tenth to a third where a token's row is short."""
-        return cls(decode_block=256 if row_bytes <= 4096 else 128)
+
+CANDIDATES = {"decode": {"block": (128, 256, 512)}, "prefill": {"block": (128, 256), "rows": (64, 128, 256)}}
+
+
+def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str) -> Sizes:
+    """By the compiler's schedules: in decode 256 tokens beat 128 by a tenth to a third where a token's row is short."""
+    short = phase == "decode" and pages.shape[2] * pages.dtype.itemsize <= 4096
+    return Sizes(block=256 if short else 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class _Spec:
     head_size: int  # H
     page_size: int  # G
     pages_per_block: int
-    prefill_rows: int
+    tile_rows: int  # of a prefill tile and KV head, at most
     exact: bool  # float32 products in full precision
 
     @property
@@ -100,23 +103,26 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | 
     return None
 
 
-def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
+def attend(
+    q: jax.Array,
+    pages: jax.Array,
+    batch: RaggedBatch,
+    options: AttentionOptions,
+    *,
+    decode: Sizes | None = None,
+    prefill: Sizes | None = None,
+) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
-    float32 and bfloat16; q and pages of the same dtype. Padding gives zeros.
+    float32 and bfloat16; q and pages of the same dtype. Padding gives zeros. Sizes are the tuned ones, if none are given.
     """
-    decode, prefill = plan(q, pages, options)
-    out = _decode(q, pages, batch, decode)
-    return out if batch.decode_only else _prefill(out, q, pages, batch, prefill)
+    out = _decode(q, pages, batch, make_spec(q, pages, options, "decode", decode))
+    return out if batch.decode_only else _prefill(out, q, pages, batch, make_spec(q, pages, options, "prefill", prefill))
 
 
-def plan(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> tuple[_Spec, _Spec]:
-    """What the decode and the prefill kernel are traced with, tuned sizes included."""
-    sizes = tuned("tpu", TpuSizes.default(pages.shape[2] * pages.dtype.itemsize), Shape.of(q, pages, options))
-    return _spec(q, pages, options, sizes, sizes.decode_block), _spec(q, pages, options, sizes, sizes.prefill_block)
-
-
-def _spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, sizes: TpuSizes, block: int) -> _Spec:
+def make_spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str, sizes: Sizes | None = None) -> _Spec:
+    """What the kernel of a phase is traced with."""
+    sizes = sizes or tuned("tpu", phase, default_sizes(q, pages, options, phase), Shape.of(q, pages, options))
     _, page_size, width = pages.shape
     fits = BUFFER_BYTES // (2 * width * pages.dtype.itemsize)
     return _Spec(
@@ -124,8 +130,8 @@ def _spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, sizes: TpuS
         ratio=q.shape[1] // options.num_kv_heads,
         head_size=q.shape[2],
         page_size=page_size,
-        pages_per_block=max(min(block, fits) // page_size, 1),
-        prefill_rows=sizes.prefill_rows,
+        pages_per_block=max(min(sizes.block, fits) // page_size, 1),
+        tile_rows=sizes.rows,
         exact=q.dtype == jnp.float32,
     )
 
@@ -140,89 +146,80 @@ class _Span(NamedTuple):
     stop: Any
 
 
-def _stream(
-    table: Any,
-    next_table: Any,
-    spans: Callable[[Any], _Span],
-    pages: Any,
-    buffer: Any,
-    turn: Any,
-    semaphores: Any,
-    spec: _Spec,
-    step: Callable[..., None],
-) -> None:
-    """Runs `step(block index, slot of the buffer)` over the blocks of this grid step's span, copying one ahead.
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """Copies the blocks of each grid step's span from HBM, one ahead of their use.
 
     The last block of a grid step copies the first one of the next, so that no step but the first waits for a whole
     copy. Grid steps with work come before those without, in one order on one core.
-
-    Args:
-      table, next_table: SMEM [1, 1, W]: the block table's rows of this grid step and of the next.
-      spans: the span of a grid step.
-      pages: the pool in HBM.
-      buffer: VMEM [2, block, 2·K·H].
-      turn: SMEM [1]: the slot of this grid step's first block.
-      semaphores: DMA [2].
     """
-    this = pl.program_id(0)
-    following = jnp.minimum(this + 1, pl.num_programs(0) - 1)
-    span, after = spans(this), spans(following)
-    more = (this + 1 < pl.num_programs(0)) & (after.stop > 0)
-    first_block, num_blocks = span.first // spec.block, pl.cdiv(span.stop, spec.block)
 
-    def live(span: _Span, index: Any) -> tuple[Any, Any]:
-        """Pages of block `index` that hold tokens of the span."""
-        begin = index * spec.pages_per_block
-        return (
-            jnp.maximum(span.first // spec.page_size, begin),
-            jnp.minimum(pl.cdiv(span.stop, spec.page_size), begin + spec.pages_per_block),
-        )
+    table: Any  # SMEM [1, 1, W]: the block table's row of this grid step
+    next_table: Any  # and of the next
+    pages: Any  # the pool in HBM
+    buffer: Any  # VMEM [2, block, 2·K·H]
+    turn: Any  # SMEM [1]: the slot of this grid step's first block
+    semaphores: Any  # DMA [2]
+    spec: _Spec
 
-    def start(span: _Span, index: Any, slot: Any, page_id: Callable[[Any], Any]) -> None:
-        low, high = live(span, index)
+    def run(self, spans: Callable[[Any], _Span], step: Callable[[Any, Any], None]) -> None:
+        """Calls `step(block index, slot of the buffer)` for this grid step's blocks; `spans(i)` is the span of grid step i."""
+        spec, this = self.spec, pl.program_id(0)
+        span, after = spans(this), spans(jnp.minimum(this + 1, pl.num_programs(0) - 1))
+        more = (this + 1 < pl.num_programs(0)) & (after.stop > 0)
+        first_block, num_blocks = span.first // spec.block, pl.cdiv(span.stop, spec.block)
+
+        @pl.when(this == 0)
+        def _() -> None:
+            self.turn[0] = 0
+
+            @pl.when(span.stop > 0)
+            def _() -> None:
+                self.start(span, first_block, 0, lambda column: self.table[0, 0, column])
+
+        turned = self.turn[0]
+
+        @pl.loop(first_block, num_blocks)
+        def _(index: Any) -> None:
+            slot = lax.rem(index - first_block + turned, 2)
+            last = index + 1 == num_blocks
+
+            @pl.when(~last | more)
+            def _() -> None:
+                self.start(
+                    _Span(*(jnp.where(last, b, a) for a, b in zip(span, after, strict=True))),
+                    jnp.where(last, after.first // spec.block, index + 1),
+                    1 - slot,
+                    lambda column: jnp.where(last, self.next_table[0, 0, column], self.table[0, 0, column]),
+                )
+
+            self.wait(span, index, slot)
+            step(index, slot)
+
+        self.turn[0] = lax.rem(turned + num_blocks - first_block, 2)
+
+    def live(self, span: _Span, index: Any) -> tuple[Any, Any]:
+        """Pages [low, high) of block `index` that hold tokens of the span."""
+        begin, size = index * self.spec.pages_per_block, self.spec.page_size
+        return jnp.maximum(span.first // size, begin), jnp.minimum(pl.cdiv(span.stop, size), begin + self.spec.pages_per_block)
+
+    def start(self, span: _Span, index: Any, slot: Any, page_id: Callable[[Any], Any]) -> None:
+        """Starts to copy the live pages of a block; `page_id(column)` reads the block table."""
+        spec, (low, high) = self.spec, self.live(span, index)
         for j in range(spec.pages_per_block):
             column = index * spec.pages_per_block + j
 
             @pl.when((column >= low) & (column < high))
             def _(column: Any = column, j: int = j) -> None:
-                target = buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
-                pltpu.make_async_copy(pages.at[page_id(column)], target, semaphores.at[slot]).start()
+                target = self.buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
+                pltpu.make_async_copy(self.pages.at[page_id(column)], target, self.semaphores.at[slot]).start()
 
-    def wait(index: Any, slot: Any) -> None:
-        low, high = live(span, index)
-        num_tokens = pl.multiple_of((high - low) * spec.page_size, spec.page_size)
-        copied = buffer.at[slot, pl.ds(0, num_tokens)]
-        pltpu.make_async_copy(copied, copied, semaphores.at[slot]).wait()  # for all of them: a wait counts bytes
-
-    @pl.when(this == 0)
-    def _() -> None:
-        turn[0] = 0
-
-        @pl.when(span.stop > 0)
-        def _() -> None:
-            start(span, first_block, 0, lambda column: table[0, 0, column])
-
-    turned = turn[0]
-
-    @pl.loop(first_block, num_blocks)
-    def _(index: Any) -> None:
-        slot = lax.rem(index - first_block + turned, 2)
-        last = index + 1 == num_blocks
-        ahead = _Span(*(jnp.where(last, b, a) for a, b in zip(span, after, strict=True)))
-
-        @pl.when(~last | more)
-        def _() -> None:
-            start(
-                ahead,
-                jnp.where(last, after.first // spec.block, index + 1),
-                1 - slot,
-                lambda column: jnp.where(last, next_table[0, 0, column], table[0, 0, column]),
-            )
-
-        wait(index, slot)
-        step(index, slot)
-
-    turn[0] = lax.rem(turned + num_blocks - first_block, 2)
+    def wait(self, span: _Span, index: Any, slot: Any) -> None:
+        """Waits for all copies of a block at once: a wait counts bytes."""
+        low, high = self.live(span, index)
+        num_tokens = pl.multiple_of((high - low) * self.spec.page_size, self.spec.page_size)
+        copied = self.buffer.at[slot, pl.ds(0, num_tokens)]
+        pltpu.make_async_copy(copied, copied, self.semaphores.at[slot]).wait()
 
 
 def _table_specs(num_steps: int, width: int, row: Callable[..., Any]) -> list[pl.BlockSpec]:
@@ -320,7 +317,8 @@ def _decode_kernel(
         scores = _scores(spread, buffer[slot, :, key_start:key_stop], visible, spec)
         _accumulate(scores, values, visible, top, total, acc, spec)
 
-    _stream(table, next_table, span, pages, buffer, turn, semaphores, spec, step)
+    stream = _Stream(table=table, next_table=next_table, pages=pages, buffer=buffer, turn=turn, semaphores=semaphores, spec=spec)
+    stream.run(span, step)
     result = acc[...] / jnp.maximum(total[:, :1], 1e-30)
     offset = spec.num_kv_heads * spec.head_size - value_start
     for j in range(ratio):
@@ -410,7 +408,8 @@ def _prefill_kernel(
             lanes = pl.ds(0, value_stop - value_start)
             _accumulate(scores, values, visible, top.at[head], total.at[head], acc.at[head, :, lanes], spec)
 
-    _stream(table, next_table, span, pages, buffer, turn, semaphores, spec, step)
+    stream = _Stream(table=table, next_table=next_table, pages=pages, buffer=buffer, turn=turn, semaphores=semaphores, spec=spec)
+    stream.run(span, step)
     for head in range(spec.num_kv_heads):
         out[head, 0] = (acc[head] / jnp.maximum(total[head][:, :1], 1e-30)).astype(out.dtype)
 
@@ -438,7 +437,7 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
     key_lanes, value_lanes = lanes_of(0), lanes_of(width)
     # Query and output blocks are double-buffered; accumulator and statistics are float32.
     row_bytes = num_kv_heads * ((key_lanes + value_lanes) * 2 * q.dtype.itemsize + (value_lanes + 2 * LANES) * 4)
-    most = min(spec.prefill_rows, PREFILL_BYTES // row_bytes)
+    most = min(spec.tile_rows, PREFILL_BYTES // row_bytes)
     tiles = Tiles.of(batch, num_tokens, max(most // ratio // 8 * 8, 8))
     num_tiles, num_rows = tiles.rows.shape[0], tiles.size * ratio
     tables = batch.block_tables.reshape(batch.num_rows, 1, -1)

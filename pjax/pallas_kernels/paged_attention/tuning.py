@@ -1,6 +1,8 @@
 """Block sizes as data: what `scripts/tune_kernels.py` measured on a kind of device, or else a backend's defaults.
 
-`tuned/<device kind>.json` holds a list of entries: the key of a shape, and the sizes that were fastest there by backend.
+`tuned/<device kind>.json` holds a list of entries: backend, phase and shape, and the sizes that were fastest there. A backend that
+has sizes gives its module `default_sizes(q, pages, options, phase)`, a dataclass of integers; `CANDIDATES`, the values to try for
+some of its fields by phase; and lets `attend` take `decode=` and `prefill=`.
 """
 
 from __future__ import annotations
@@ -44,18 +46,20 @@ class Shape:
         )
 
 
-def tuned(backend: str, default: Sizes, shape: Shape) -> Sizes:
-    """`default` (a dataclass of integers) with the fields that were measured for this shape on this kind of device.
+def tuned(backend: str, phase: str, default: Sizes, shape: Shape) -> Sizes:
+    """`default` with the fields that were measured for this phase ("decode", "prefill") and shape on this kind of device.
 
     Raises ValueError when an entry names a field that the backend does not have.
     """
-    sizes = entries(jax.devices()[0].device_kind).get((backend, shape), {})
+    kind = jax.devices()[0].device_kind
+    sizes = entries(kind).get((backend, phase, shape), {})
     known = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     if not known.issuperset(sizes):
-        raise ValueError(
-            f"{file_of(jax.devices()[0].device_kind)}: sizes of {backend!r} are {sorted(sizes)}, but must be of {sorted(known)}"
-        )
+        raise ValueError(f"{file_of(kind)}: sizes of {backend!r} are {sorted(sizes)}, but must be of {sorted(known)}")
     return dataclasses.replace(default, **sizes)  # type: ignore[type-var]
+
+
+Key = tuple[str, str, Shape]  # backend, phase, shape
 
 
 def file_of(device_kind: str) -> Path:
@@ -64,26 +68,34 @@ def file_of(device_kind: str) -> Path:
 
 
 @functools.cache
-def entries(device_kind: str) -> Mapping[tuple[str, Shape], dict[str, int]]:
-    """Sizes by backend and shape; empty for a kind of device that nobody measured. ValueError when the file is damaged."""
+def entries(device_kind: str) -> Mapping[Key, dict[str, int]]:
+    """Sizes; empty for a kind of device that nobody measured. ValueError when the file is damaged."""
     path = file_of(device_kind)
     if not path.exists():
         return {}
     try:
-        found: dict[tuple[str, Shape], dict[str, int]] = {}
+        found: dict[Key, dict[str, int]] = {}
         for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]:
-            found[entry["backend"], Shape(**entry["shape"])] = {name: int(value) for name, value in entry["sizes"].items()}
+            found[_key(entry)] = {name: int(value) for name, value in entry["sizes"].items()}
         return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of tuned sizes: {error!r}") from error
 
 
-def write_entries(device_kind: str, measured: Mapping[tuple[str, Shape], Mapping[str, Any]], folder: Path) -> Path:
-    """Writes (or extends) the file of a kind of device: by backend and shape, an entry's other fields (`sizes` among them)."""
+def _key(entry: Mapping[str, Any]) -> Key:
+    return entry["backend"], entry["phase"], Shape(**entry["shape"])
+
+
+def write_entries(device_kind: str, measured: Mapping[Key, Mapping[str, Any]], folder: Path = FOLDER) -> Path:
+    """Writes or extends the file of a kind of device: each entry's `sizes`, and what else is to be kept with it."""
     path = folder / file_of(device_kind).name
     old = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
-    kept = [entry for entry in old if (entry["backend"], Shape(**entry["shape"])) not in measured]
-    new = [{"backend": backend, "shape": dataclasses.asdict(shape)} | dict(entry) for (backend, shape), entry in measured.items()]
+    kept = [entry for entry in old if _key(entry) not in measured]
+    new = [
+        {"backend": backend, "phase": phase, "shape": dataclasses.asdict(shape)} | dict(entry)
+        for (backend, phase, shape), entry in measured.items()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"device": device_kind, "entries": kept + new}, indent=1) + "\n", encoding="utf-8")
+    entries.cache_clear()
     return path
