@@ -1,4 +1,4 @@
-"""These tests need the TPU compiler and an environment of their own: `make test-aot` runs them."""
+"""These tests need the TPU and GPU compilers and an environment of their own: `make test-aot` runs them."""
 
 import importlib.util
 import os
