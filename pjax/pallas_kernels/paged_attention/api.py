@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 # Each backend's module has `attend(q, pages, batch, options)`, and `why_not(q, pages, options)`, which gives the reason
 # why it can't serve these arguments. Imported when it is first asked, since Pallas takes a while.
-BACKENDS = {"native": "native", "tpu": "tpu", "xla": "xla", "reference": "reference"}
-PREFERRED = {"cpu": ("native",), "tpu": ("tpu",)}  # by platform, best first; after them XLA, which takes everything
+BACKENDS = {"native": "native", "tpu": "tpu", "triton": "triton", "xla": "xla", "reference": "reference"}
+PREFERRED = {"cpu": ("native",), "tpu": ("tpu",), "gpu": ("triton",)}  # by platform, best first; after them XLA, which takes everything
 PACKAGE = "pjax.pallas_kernels.paged_attention"
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
 DEBUG_VARIABLE = "PJAX_DEBUG"
@@ -48,7 +48,7 @@ def paged_attention(
       scale: multiplies the logits; H ** -0.5 by default.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
       logit_softcap: logits become `c · tanh(logits / c)`.
-      backend: "native" (CPU, float32), "tpu", "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
+      backend: "native" (CPU, float32), "tpu", "triton" (GPU), "xla" or "reference"; by default what the environment's PJAX_ATTENTION_BACKEND
         says, else the fastest that takes these arguments on this platform.
 
     With PJAX_DEBUG=1 in the environment the batch's values are checked too (see `check_values`).

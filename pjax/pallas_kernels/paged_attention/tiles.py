@@ -22,6 +22,16 @@ class Tiles:
     places: jax.Array  # int32 [T], where a packed token stands in [M · size]; M · size for tokens in no tile
 
     @classmethod
+    def of_decode(cls, batch: RaggedBatch, num_tokens: int) -> Tiles:
+        """Tiles of one token each, of the rows before `num_decode`. M is S, at most T."""
+        rows = jnp.arange(min(batch.num_rows, num_tokens), dtype=jnp.int32)
+        live = rows < batch.num_decode
+        positions = jnp.where(live, batch.kv_lens[: len(rows)] - 1, 0)
+        tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+        places = jnp.where(tokens < batch.num_decode, tokens, len(rows))
+        return cls(rows, live.astype(jnp.int32), positions, rows[:, None], places)
+
+    @classmethod
     def of(cls, batch: RaggedBatch, num_tokens: int, size: int) -> Tiles:
         """Tiles of the rows from `num_decode` on. M is ceil(T / size) + S, at most T."""
         num_rows = batch.num_rows
