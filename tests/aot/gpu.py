@@ -44,10 +44,11 @@ class Target:
         """XLA's GpuTargetConfig, as a text proto."""
         extension = "feature_extension: ACCELERATED_FEATURES" if self.major >= 9 else ""
         return f"""gpu_device_info {{
-            threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+            threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {1536 if self.minor == 9 else 2048}
             shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory}
             shared_memory_per_block_optin: {self.shared_memory - 1024} core_count: {self.cores}
-            fpus_per_core: {128 if self.major >= 9 else 64} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            fpus_per_core: {64 if (self.major, self.minor) == (8, 0) else 128}
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
             block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
             thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
             memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_cache} device_memory_size: {self.memory}
@@ -65,6 +66,10 @@ TARGETS = {
     "a100": Target(
         name="NVIDIA A100-SXM4-80GB", major=8, minor=0, ptxas_arch="sm_80", cores=108, shared_memory=164 << 10,
         l2_cache=40 << 20, memory=80 << 30, bandwidth=2_039_000_000_000, clock_ghz=1.41,
+    ),
+    "l40s": Target(
+        name="NVIDIA L40S", major=8, minor=9, ptxas_arch="sm_89", cores=142, shared_memory=100 << 10,
+        l2_cache=96 << 20, memory=48 << 30, bandwidth=864_000_000_000, clock_ghz=2.52,
     ),
     "h100": Target(
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, ptxas_arch="sm_90a", cores=132, shared_memory=228 << 10,
@@ -107,10 +112,10 @@ class Compiled:
 
     def __str__(self) -> str:
         if self.error:
-            return f"{self.name:44} {self.error}"
+            return f"{self.name:48} {self.error}"
         sizes = f"{self.argument_bytes / 2**20:7.1f} MiB in {self.temp_bytes / 2**20:7.2f} MiB temp"
         kernels = " ".join(f"{k}:{n}r/{self.spills[k]}s" for k, n in self.registers.items() if k.startswith("paged"))
-        return f"{self.name:44} {self.seconds:5.2f} s {sizes} spills {sum(self.spills.values()):4} {kernels}"
+        return f"{self.name:48} {self.seconds:5.2f} s {sizes} spills {sum(self.spills.values()):4} {kernels}"
 
 
 def compile_in_process(target: str, jobs: Sequence[Job], *, timeout: float = 240) -> dict[str, Compiled]:

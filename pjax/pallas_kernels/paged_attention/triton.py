@@ -44,14 +44,14 @@ class Blocks:
     tokens_per_split: int = 256  # at least
 
 
-def default_blocks(head_size: int, dtype: Any, *, decode: bool) -> Blocks:
-    """Sizes that hold all of a tile in registers: no spills on compute capability 8.0 to 10.0 (tests/aot)."""
+def default_blocks(head_size: int, ratio: int, dtype: Any, *, decode: bool) -> Blocks:
+    """Sizes that hold a tile in registers and its KV in shared memory on compute capability 8.0 to 10.0; `ratio` is R."""
     wide = head_size > 128
     if jnp.dtype(dtype) == jnp.float32:
-        return Blocks(rows=16, tokens=16 if wide else 32, warps=4, stages=2, programs=1024 if decode else 1)
+        return Blocks(rows=16, tokens=16 if wide else 32, warps=4, stages=2, programs=1024 if decode else 256)
     if decode:
-        return Blocks(rows=16, tokens=32 if wide else 64, warps=4, stages=2, programs=1024)
-    return Blocks(rows=64, tokens=32 if wide else 64, warps=8 if wide else 4, stages=2)
+        return Blocks(rows=16, tokens=32 if wide else 64, warps=8 if ratio > 64 else 4, stages=2, programs=1024)
+    return Blocks(rows=64 if wide else 128, tokens=32 if wide else 64, warps=8, stages=2, programs=256)
 
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
@@ -79,16 +79,16 @@ def attend(
       decode, prefill: how to cut the decode rows and the others; `default_blocks` by default.
       interpret: run without a GPU, for tests.
     """
-    num_tokens, head_size = q.shape[0], q.shape[2]
-    decode = decode or default_blocks(head_size, q.dtype, decode=True)
-    prefill = prefill or default_blocks(head_size, q.dtype, decode=False)
+    num_tokens, num_heads, head_size = q.shape
+    ratio = num_heads // options.num_kv_heads
+    decode = decode or default_blocks(head_size, ratio, q.dtype, decode=True)
+    prefill = prefill or default_blocks(head_size, ratio, q.dtype, decode=False)
     tiles = Tiles.of_decode(batch, num_tokens)
-    out = _attend(q, pages, batch, options, tiles, decode, interpret)
+    out = _attend(q, pages, batch, options, tiles, decode, name="paged_decode", interpret=interpret)
     if batch.decode_only:
         return out
-    ratio = q.shape[1] // options.num_kv_heads
     tiles = Tiles.of(batch, num_tokens, max(prefill.rows // ratio, 1))
-    others = _attend(q, pages, batch, options, tiles, prefill, interpret)
+    others = _attend(q, pages, batch, options, tiles, prefill, name="paged_prefill", interpret=interpret)
     return jnp.where((jnp.arange(num_tokens) < batch.num_decode)[:, None, None], out, others)
 
 
@@ -116,7 +116,15 @@ class _Spec:
 
 
 def _attend(
-    q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions, tiles: Tiles, blocks: Blocks, interpret: bool
+    q: jax.Array,
+    pages: jax.Array,
+    batch: RaggedBatch,
+    options: AttentionOptions,
+    tiles: Tiles,
+    blocks: Blocks,
+    *,
+    name: str,
+    interpret: bool,
 ) -> jax.Array:
     """[T, N, H] with the outputs of the tiles' tokens, zero elsewhere."""
     num_heads, head_size = q.shape[1:]
@@ -141,7 +149,7 @@ def _attend(
         grid=(options.num_kv_heads, num_tiles, spec.splits),  # the first runs fastest: heads of one page side by side
         compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name="paged_decode" if tiles.size == 1 else "paged_prefill",
+        name=name,
     )(q, pages, batch.block_tables, tiles.rows, tiles.counts, tiles.positions, tiles.tokens[:, 0])
     return _join(out, lse).astype(q.dtype).at[tiles.places].get(mode="fill", fill_value=0)
 
@@ -194,7 +202,11 @@ def _kernel(
         values = pltriton.load(pages.at[(*place, value_lane[None, :])], mask=mask, other=0.0)
         return _accumulate(scores, seen, values, carry)
 
-    start = jnp.zeros((spec.rows, spec.lanes), jnp.float32), jnp.full((spec.rows,), MASKED, jnp.float32), jnp.zeros((spec.rows,), jnp.float32)
+    start = (
+        jnp.zeros((spec.rows, spec.lanes), jnp.float32),
+        jnp.full((spec.rows,), MASKED, jnp.float32),
+        jnp.zeros((spec.rows,), jnp.float32),
+    )
     acc, top, total = lax.fori_loop(begin, end, step, start)
     total = jnp.where(total > 0, total, 1.0)
     place = tile * spec.tile_size + inside
