@@ -55,7 +55,6 @@ class Shape:
         return Job(self.name, "tests.aot.test_triton_compile:build", dataclasses.asdict(self))
 
 
-KINDS = ("decode", "mixed")
 COMMON = [
     Shape("Llama-3-8B", "mixed"),
     Shape("Llama-3-8B", "mixed", "float32"),
@@ -64,13 +63,12 @@ COMMON = [
 ]
 ATTENTION = [
     *COMMON,
-    *(Shape(model, kind) for model in SHAPES for kind in KINDS if Shape(model, kind) not in COMMON),
-    Shape("Llama-3-8B", "decode", "float32"),
-    *(Shape("Llama-3-8B", kind, devices=8) for kind in KINDS),
-    *(Shape("Llama-3-8B", kind, pool_bytes=8 << 30) for kind in KINDS),
-    *(Shape("SmolLM2-135M", "decode", page_size=page_size) for page_size in (8, 128)),
+    *(Shape(model, "mixed") for model in SHAPES if Shape(model, "mixed") not in COMMON),  # a mixed batch takes both kernels
+    Shape("Llama-3-8B", "decode"),
     Shape("Llama-3-8B", "mixed", "float16"),
-    Shape("Llama-3-8B", "mixed", devices=4),
+    Shape("Llama-3-8B", "mixed", pool_bytes=8 << 30),
+    *(Shape("SmolLM2-135M", "decode", page_size=page_size) for page_size in (8, 128)),
+    *(Shape("Llama-3-8B", "mixed", devices=devices) for devices in (4, 8)),
 ]
 WRITES = [Shape("Llama-3-8B", "write"), Shape("Pythia-2.8B", "write"), Shape("Llama-3-8B", "write", devices=8)]
 

@@ -14,20 +14,20 @@ from tests.pallas_kernels.suite import Feature, KernelSuite
 
 class TestTriton(KernelSuite):
     backend = "triton"
-    blocks: ClassVar[dict[str, triton.Blocks]] = {}
+    sizes: ClassVar[dict[str, triton.Sizes]] = {}
 
     def attend(self, q: jax.Array, pool: jax.Array, batch: RaggedBatch, **options: Any) -> jax.Array:
         kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
         assert triton.why_not(q, pool, kept) is None
-        return triton.attend(q, pool, batch, kept, interpret=True, **self.blocks)
+        return triton.attend(q, pool, batch, kept, interpret=True, **self.sizes)
 
 
 class TestManySplits(TestTriton):
     """Small blocks and more splits than a row has blocks: short rows leave splits empty."""
 
-    blocks: ClassVar = {
-        "decode": triton.Blocks(rows=16, tokens=16, warps=4, stages=2, programs=200, tokens_per_split=16),
-        "prefill": triton.Blocks(rows=16, tokens=16, warps=4, stages=2, programs=400, tokens_per_split=32),
+    sizes: ClassVar = {
+        "decode": triton.Sizes(rows=16, tokens=16, warps=4, stages=2, programs=200, tokens_per_split=16),
+        "prefill": triton.Sizes(rows=16, tokens=16, warps=4, stages=2, programs=400, tokens_per_split=32),
     }
     features: ClassVar = [
         Feature("decode", (9, 3, 64), 16),

@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as pltriton
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
+from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
 
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 LEAST_ROWS = 16  # that a product takes
@@ -33,7 +34,7 @@ LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
+class Sizes:
     """How the work is cut. Every choice gives the same result; compiled code and speed differ."""
 
     rows: int  # query rows (token · R + r) of a tile, about; a tile has at least one token
@@ -44,14 +45,21 @@ class Blocks:
     tokens_per_split: int = 256  # at least
 
 
-def default_blocks(head_size: int, ratio: int, dtype: Any, *, decode: bool) -> Blocks:
-    """Sizes that hold a tile in registers and its KV in shared memory on compute capability 8.0 to 10.0; `ratio` is R."""
+CANDIDATES = {
+    "decode": {"tokens": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3), "programs": (512, 1024, 2048)},
+    "prefill": {"rows": (64, 128), "tokens": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)},
+}
+
+
+def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str) -> Sizes:
+    """Sizes that hold a tile in registers and its KV in shared memory on compute capability 8.0 to 10.0."""
+    head_size, ratio, decode = q.shape[2], q.shape[1] // options.num_kv_heads, phase == "decode"
     wide = head_size > 128
-    if jnp.dtype(dtype) == jnp.float32:
-        return Blocks(rows=16, tokens=16 if wide else 32, warps=4, stages=2, programs=1024 if decode else 256)
+    if q.dtype == jnp.float32:
+        return Sizes(rows=16, tokens=16 if wide else 32, warps=4, stages=2, programs=1024 if decode else 256)
     if decode:
-        return Blocks(rows=16, tokens=32 if wide else 64, warps=8 if ratio > 64 else 4, stages=2, programs=1024)
-    return Blocks(rows=64 if wide else 128, tokens=32 if wide else 64, warps=8, stages=2, programs=256)
+        return Sizes(rows=16, tokens=32 if wide else 64, warps=8 if ratio > 64 else 4, stages=2, programs=1024)
+    return Sizes(rows=64 if wide else 128, tokens=32 if wide else 64, warps=8, stages=2, programs=256)
 
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
@@ -69,25 +77,24 @@ def attend(
     batch: RaggedBatch,
     options: AttentionOptions,
     *,
-    decode: Blocks | None = None,
-    prefill: Blocks | None = None,
+    decode: Sizes | None = None,
+    prefill: Sizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
     Args:
-      decode, prefill: how to cut the decode rows and the others; `default_blocks` by default.
+      decode, prefill: how to cut the decode rows and the others; by default what was tuned, or `default_sizes`.
       interpret: run without a GPU, for tests.
     """
-    num_tokens, num_heads, head_size = q.shape
-    ratio = num_heads // options.num_kv_heads
-    decode = decode or default_blocks(head_size, ratio, q.dtype, decode=True)
-    prefill = prefill or default_blocks(head_size, ratio, q.dtype, decode=False)
+    num_tokens, shape = q.shape[0], Shape.of(q, pages, options)
+    decode = decode or tuned("triton", "decode", default_sizes(q, pages, options, "decode"), shape)
+    prefill = prefill or tuned("triton", "prefill", default_sizes(q, pages, options, "prefill"), shape)
     tiles = Tiles.of_decode(batch, num_tokens)
     out = _attend(q, pages, batch, options, tiles, decode, name="paged_decode", interpret=interpret)
     if batch.decode_only:
         return out
-    tiles = Tiles.of(batch, num_tokens, max(prefill.rows // ratio, 1))
+    tiles = Tiles.of(batch, num_tokens, max(prefill.rows * options.num_kv_heads // q.shape[1], 1))
     others = _attend(q, pages, batch, options, tiles, prefill, name="paged_prefill", interpret=interpret)
     return jnp.where((jnp.arange(num_tokens) < batch.num_decode)[:, None, None], out, others)
 
@@ -97,7 +104,7 @@ class _Spec:
     """What the kernel needs to know when it is traced."""
 
     options: AttentionOptions
-    blocks: Blocks
+    sizes: Sizes
     ratio: int  # R = N / K
     head_size: int  # H
     page_size: int  # G
@@ -121,7 +128,7 @@ def _attend(
     batch: RaggedBatch,
     options: AttentionOptions,
     tiles: Tiles,
-    blocks: Blocks,
+    sizes: Sizes,
     *,
     name: str,
     interpret: bool,
@@ -129,15 +136,15 @@ def _attend(
     """[T, N, H] with the outputs of the tiles' tokens, zero elsewhere."""
     num_heads, head_size = q.shape[1:]
     page_size, num_tiles = pages.shape[1], tiles.rows.shape[0]
-    most_splits = -(-batch.block_tables.shape[1] * page_size // blocks.tokens_per_split)
+    most_splits = -(-batch.block_tables.shape[1] * page_size // sizes.tokens_per_split)
     spec = _Spec(
         options=options,
-        blocks=blocks,
+        sizes=sizes,
         ratio=num_heads // options.num_kv_heads,
         head_size=head_size,
         page_size=page_size,
         tile_size=tiles.size,
-        splits=max(min(blocks.programs // (num_tiles * options.num_kv_heads), most_splits), 1),
+        splits=max(min(sizes.programs // (num_tiles * options.num_kv_heads), most_splits), 1),
     )
     places = num_tiles * tiles.size
     out, lse = pl.pallas_call(
@@ -147,7 +154,7 @@ def _attend(
             jax.ShapeDtypeStruct((spec.splits, places, num_heads), jnp.float32),
         ],
         grid=(options.num_kv_heads, num_tiles, spec.splits),  # the first runs fastest: heads of one page side by side
-        compiler_params=pltriton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        compiler_params=pltriton.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
         name=name,
     )(q, pages, batch.block_tables, tiles.rows, tiles.counts, tiles.positions, tiles.tokens[:, 0])
@@ -183,7 +190,7 @@ def _kernel(
     index = (tokens[tile] + inside)[:, None], query_head[:, None], lane[None, :]
     queries = pltriton.load(q.at[index], mask=live, other=0.0)
 
-    block = spec.blocks.tokens
+    block = spec.sizes.tokens
     begin, end = _span(first, stop, split, spec)
 
     def step(index: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
@@ -216,11 +223,11 @@ def _kernel(
 
 def _span(first: Any, stop: Any, split: Any, spec: _Spec) -> tuple[Any, Any]:
     """Blocks [begin, end) of this split: an equal part of those that hold [first, stop), but not less than is worth a program."""
-    block = spec.blocks.tokens
+    block = spec.sizes.tokens
     first_block, num_blocks = first // block, (stop + block - 1) // block
     if spec.splits == 1:
         return first_block, num_blocks
-    least = -(-spec.blocks.tokens_per_split // block)
+    least = -(-spec.sizes.tokens_per_split // block)
     part = jnp.maximum((num_blocks - first_block + spec.splits - 1) // spec.splits, least)
     begin = jnp.minimum(first_block + split * part, num_blocks)
     return begin, jnp.minimum(begin + part, num_blocks)
