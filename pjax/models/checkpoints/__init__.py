@@ -8,6 +8,7 @@ from pjax.errors import CheckpointError
 from pjax.models.checkpoints.base import Checkpoint
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+TORCH_FILES = ("pytorch_model*.bin",)  # fetched where there are no safetensors
 NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' folders; a second copy of the weights in Mistral's own layout
 
 
@@ -40,6 +41,9 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(hub_id, allow_patterns=[*DOWNLOADED, *TORCH_FILES], ignore_patterns=list(NOT_DOWNLOADED)))
     except Exception as error:  # the hub client lets errors of its HTTP library through, which is not the same in all versions
         raise CheckpointError(f"model {hub_id} is neither a local path nor can it be downloaded from the hub: {error}") from error

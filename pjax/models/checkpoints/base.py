@@ -17,7 +17,7 @@ class Checkpoint(ABC):
     """A checkpoint whose tensors are read one at a time. A context manager: leaving it closes its files.
 
     Attributes:
-      format: "safetensors" or "gguf".
+      format: "safetensors", "torch", "gguf" or "orbax".
       path: the folder or file.
     """
 
@@ -37,6 +37,10 @@ class Checkpoint(ABC):
         """Every tensor's name and shape, slowest axis first; reads no data."""
 
     @abstractmethod
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's type as numpy names it, or the name that its format has for it; reads no data."""
+
+    @abstractmethod
     def read(self, name: str) -> np.ndarray:
         """One tensor of the shape that `names` says, in a dtype of numpy or ml_dtypes.
 
@@ -54,11 +58,20 @@ class Checkpoint(ABC):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError names the file when it is none."""
+    """A JSON object; CheckpointError names the file when it is none or has a name twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, but must hold an object")
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; ValueError when one is there twice. For `json.loads(object_pairs_hook=...)`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found

@@ -88,6 +88,10 @@ class GGUFFile(Checkpoint):
         """Name and shape of every tensor; GGUF's fastest axis comes last here."""
         return {name: info.shape for name, info in self._tensors.items()}
 
+    def dtypes(self) -> dict[str, str]:
+        """What `read` gives: dequantised tensors are float32."""
+        return {name: PLAIN.get(Type(info.kind), np.dtype(np.float32)).name for name, info in self._tensors.items()}
+
     def _byte_shape(self, name: str, info: TensorInfo) -> tuple[int, ...]:
         """A tensor's shape with its last axis in bytes."""
         try:

@@ -1,79 +1,85 @@
-"""Hugging Face folders with safetensors, single or sharded, memory mapped."""
+"""Hugging Face folders: safetensors or torch files, single or sharded, memory mapped."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.checkpoints.base import Checkpoint, read_json
+from pjax.models.checkpoints.safetensors_file import read_safetensors_header
+from pjax.models.checkpoints.stored import StoredTensor
+from pjax.models.checkpoints.torch_zip import read_torch_header
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = ("F64", "F32", "F16", "BF16")
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The names of one format's files, and what reads their headers."""
+
+    format: str
+    single: str
+    header: Callable[[Path], dict[str, StoredTensor]]
+
+    @property
+    def index(self) -> str:
+        """Of a sharded checkpoint: which file has which tensor."""
+        return f"{self.single}.index.json"
+
+
+LAYOUTS = (
+    Layout("safetensors", "model.safetensors", read_safetensors_header),
+    Layout("torch", "pytorch_model.bin", read_torch_header),
+)
+"""The first that a folder has is read."""
+
+
 class HFFolder(Checkpoint):
-    """A folder with config.json and safetensors.
+    """A folder with config.json and safetensors, or else torch files.
 
     Raises CheckpointError when a file is missing or damaged, UnsupportedError when the weights have another format.
     """
-
-    format = "safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json")
-        self._open_files = ExitStack()
-        self._files: dict[str, Any] = {}  # file name -> safe_open handle
-        self._where: dict[str, str] = {}  # tensor name -> file name
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self) -> None:
-        if (self.path / SINGLE).is_file():
-            self._open_file(SINGLE)
-        elif (self.path / INDEX).is_file():
-            self._open_shards()
-        else:
-            others = sorted(file.name for file in self.path.iterdir() if file.suffix in OTHER_FORMATS)
+        self._maps: dict[Path, np.ndarray] = {}
+        layout = next((one for one in LAYOUTS if lexists(path / one.single) or lexists(path / one.index)), None)
+        if layout is None:
+            others = sorted(file.name for file in path.iterdir() if file.suffix in OTHER_FORMATS)
             if others:
-                raise UnsupportedError(f"{self.path} has {', '.join(others)}; supported formats: safetensors and GGUF")
-            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+                raise UnsupportedError(f"{path} has {', '.join(others)}; supported: {', '.join(one.single for one in LAYOUTS)} and GGUF")
+            raise CheckpointError(f"{path} has no weights: neither " + " nor ".join(f"{one.single} nor {one.index}" for one in LAYOUTS))
+        self.format = layout.format
+        if lexists(path / layout.single):
+            self._tensors = layout.header(check_inside(path, layout.single, "the checkpoint"))
+        else:
+            self._tensors = self._shards(layout)
+        for file in {tensor.file for tensor in self._tensors.values()}:
+            self._maps[file] = np.memmap(file, np.uint8, mode="r")
 
-    def _open_file(self, name: str) -> None:
-        try:
-            file = self._open_files.enter_context(safe_open(str(self.path / name), framework="np"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / name} is damaged, truncated or no safetensors file: {error}") from error
-        self._files[name] = file
-        self._where |= dict.fromkeys(file.keys(), name)
-
-    def _open_shards(self) -> None:
-        index = self.path / INDEX
-        weight_map = read_json(index).get("weight_map")
+    def _shards(self, layout: Layout) -> dict[str, StoredTensor]:
+        index = self.path / layout.index
+        weight_map = read_json(check_inside(self.path, layout.index, "the checkpoint")).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+        tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard or shard == "..":
-                raise CheckpointError(f"{index} points outside its folder: {shard!r}")
-            if not (self.path / shard).is_file():
-                raise CheckpointError(f"{self.path} has no {shard}, which {INDEX} names")
-            self._open_file(shard)
-        held = {shard: set(file.keys()) for shard, file in self._files.items()}
-        absent = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in held[shard]]
+            for name, tensor in layout.header(check_inside(self.path, shard, index.name)).items():
+                if name in tensors:
+                    raise CheckpointError(f"tensor {name} is in {tensors[name].file} and in {tensor.file}, but must be in one file")
+                tensors[name] = tensor
+        absent = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in tensors or tensors[name].file.name != shard]
         if absent:
             raise CheckpointError(f"{index} names {len(absent)} tensors that its files do not have: {', '.join(absent)}")
-        self._where |= weight_map  # which of two files counts when both have a tensor
+        return tensors
 
     def hf_config(self) -> dict[str, Any]:
         """config.json."""
@@ -86,21 +92,42 @@ class HFFolder(Checkpoint):
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor."""
-        return {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._where.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def dtypes(self) -> dict[str, str]:
+        """Name and type of every tensor."""
+        return {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, copied out of the mapped file; float64, float32, float16 or bfloat16."""
-        if name not in self._where:
+        """One tensor as a read-only view of its file, strided as the file has it; float64, float32, float16 or bfloat16."""
+        if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        file = self._files[self._where[name]]
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in DTYPES:
-            raise UnsupportedError(f"{self.path / self._where[name]}: tensor {name} is {dtype}; supported: {', '.join(DTYPES)}")
-        array: np.ndarray = file.get_tensor(name)
-        return array
+        tensor = self._tensors[name]
+        return tensor.view(name, self._maps[tensor.file])
 
     def close(self) -> None:
-        """Closes the files."""
-        self._open_files.close()
-        self._files.clear()
-        self._where.clear()
+        """Forgets the tensors; a file is unmapped with the last array that views it."""
+        self._maps, self._tensors = {}, {}
+
+
+def check_inside(folder: Path, name: str, who: str) -> Path:
+    """The path of a file that must lie in a folder, whatever the checkpoint says. CheckpointError when it does not.
+
+    A link may lead to a file of the same folder, or from a snapshot of the hub's cache to that repository's blobs: what an
+    index names is written by whoever made the checkpoint, and must not open other files of this machine.
+    """
+    path = folder / name
+    if Path(name).name != name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise CheckpointError(f"{folder}: {who} points outside its folder: {name!r:.200}, but must name a file in it")
+    try:
+        real, home = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no {name}, which {who} names: {error}") from error
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(one) for one in homes):
+        raise CheckpointError(f"{path} leads to {real}, outside its folder; put the file itself there")
+    if not real.is_file():
+        raise CheckpointError(f"{path} is no file, but {who} names it")
+    return path

@@ -1,0 +1,51 @@
+"""Where a tensor lies in a file, and the array that views it there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pjax.errors import CheckpointError, UnsupportedError
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Types of weights. Tensors of other types may be in a file, but can't be read."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file, little-endian. Its bytes are checked to lie inside the file by whoever makes this."""
+
+    file: Path
+    dtype: str  # numpy's name
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    offset: int  # of its first byte in the file
+
+    def view(self, name: str, data: np.ndarray) -> np.ndarray:
+        """The tensor as a view of the mapped file `data`, uint8 [size]. UnsupportedError when its type is none of `DTYPES`."""
+        if self.dtype not in DTYPES:
+            raise UnsupportedError(f"{self.file}: tensor {name} is {self.dtype}; supported: {', '.join(DTYPES)}")
+        dtype = DTYPES[self.dtype]
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        strides = tuple(step * dtype.itemsize for step in self.strides)
+        try:
+            return np.ndarray(self.shape, dtype, data.data, self.offset, strides)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{self.file} is damaged: tensor {name} of shape {list(self.shape)}: {error}") from error
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor that lies in one piece."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
