@@ -30,11 +30,15 @@ class ModelSource:
     eos_token_ids: tuple[int, ...]
     path: Path
     dtype: str
-    read_weights: Callable[[bool], nnx.State[Any, Any]]
+    read_weights: Callable[[bool, Any], nnx.State[Any, Any]]
 
-    def load(self, *, progress: bool = True) -> nnx.State[Any, Any]:
-        """The parameters on the default device; reads the checkpoint one tensor at a time. To be called once."""
-        return self.read_weights(progress)
+    def load(self, *, progress: bool = True, shardings: Any = None) -> nnx.State[Any, Any]:
+        """The parameters; reads the checkpoint one tensor at a time. To be called once.
+
+        Args:
+          shardings: a tree like `abstract` with a jax.sharding.Sharding at every leaf; the default device by default.
+        """
+        return self.read_weights(progress, shardings)
 
     @property
     def num_bytes(self) -> int:
@@ -64,32 +68,21 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> 
     """
     from flax import nnx
 
-    from pjax.models.checkpoints import open_checkpoint
-    from pjax.models.weights import check_names, expand, load_into
+    from pjax.models.checkpoints.orbax_folder import OrbaxFolder
+    from pjax.models.tensors import open_tensors
+    from pjax.models.weights import load_into
 
-    checkpoint = open_checkpoint(model)
-    hf = checkpoint.hf_config()
-    family = find_family(hf)
-    config = family.Config.from_hf(hf)
-    num_tensors = len(checkpoint.names())
-    if config.num_layers > num_tensors:
-        raise CheckpointError(f"{checkpoint.path}: its config has {config.num_layers} layers, but there are {num_tensors} tensors in all")
-    sources = expand(family.weight_table(config), config.num_layers)
-    is_gguf = checkpoint.format == "gguf"
-    to_hf = {family.gguf_name(name): name for source in sources.values() for name, _ in source.parts} if is_gguf else {}
-    found = {to_hf.get(name, name): shape for name, shape in checkpoint.names().items()}
-    check_names(sources, found, family.known_leftovers(config), str(checkpoint.path))
-    dtype = _auto_dtype(hf) if dtype == "auto" else dtype
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: family.Model(config, dtype=dtype, layer_mode=layer_mode)))
+    tensors = open_tensors(model, find_family)
+    checkpoint, config, hf = tensors.checkpoint, tensors.config, tensors.hf
+    dtype = tensors.choose_dtype(dtype)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: tensors.family.Model(config, dtype=dtype, layer_mode=layer_mode)))
 
-    def read(name: str) -> Any:
-        if is_gguf:
-            return family.from_gguf(name, checkpoint.read(family.gguf_name(name)), config)
-        return checkpoint.read(name)
-
-    def read_weights(progress: bool) -> nnx.State[Any, Any]:
+    def read_weights(progress: bool, shardings: Any) -> nnx.State[Any, Any]:
         with checkpoint:
-            return load_into(abstract, sources, read, stacked_layers=config.num_layers if layer_mode == "scan" else 0, progress=progress)
+            if isinstance(checkpoint, OrbaxFolder) and layer_mode != "scan" and checkpoint.fits(tensors.sources):
+                return checkpoint.load(abstract, shardings, progress=progress)
+            stacked = config.num_layers if layer_mode == "scan" else 0
+            return load_into(abstract, tensors.sources, tensors.read, stacked_layers=stacked, progress=progress, shardings=shardings)
 
     return ModelSource(
         config=config,
@@ -100,14 +93,6 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> 
         dtype=dtype,
         read_weights=read_weights,
     )
-
-
-def _auto_dtype(hf: Mapping[str, Any]) -> str:
-    """The checkpoint's own dtype, as its config says."""
-    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UnsupportedError(f"config: dtype is {name!r}; supported: float32, bfloat16, float16")
-    return name
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

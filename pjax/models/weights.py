@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,10 @@ from pjax.errors import CheckpointError
 
 Shape = tuple[int, ...]
 ALIGNMENT = 64
+CHUNK = 1 << 16  # elements copied and checked at once
+_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinite
+MAX_NAMED = 20  # tensors in one warning
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +50,33 @@ class Source:
 
     parts: tuple[tuple[str, Shape], ...]
 
-    def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray]) -> None:
-        """Reads each part into its rows of `target`."""
+    def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray], bad: list[str]) -> None:
+        """Reads each part into its rows of `target`; names those with NaN or infinite values, as they are after the cast, in `bad`."""
         start = 0
         for name, _ in self.parts:
             array = read(name)
-            target[start : start + len(array)] = array
+            rows = target[start : start + len(array)]
+            if (count := copy_and_check(rows, array)) > 0:
+                bad.append(f"{name} ({count} of {array.size})")
             start += len(array)
+
+
+def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
+    """Casts `array` into `target`, contiguous and of the same shape; how many values are NaN or infinite then.
+
+    A few rows at a time, so that what is checked is still in the processor's cache: the check costs a small part of the copy
+    (docs/checkpoints.md has the figures).
+    """
+    exponent = np.array(_EXPONENTS[target.dtype.name], f"u{target.dtype.itemsize}")
+    step, count = max(CHUNK * len(target) // max(target.size, 1), 1), 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(target), step):
+            rows = target[start : start + step]
+            rows[...] = array[start : start + step]
+            bits = np.bitwise_and(rows.view(exponent.dtype), exponent)
+            if bits.size and bits.max() == exponent:
+                count += int(np.count_nonzero(bits == exponent))
+    return count
 
 
 def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
@@ -92,29 +117,61 @@ def load_into(
     *,
     stacked_layers: int = 0,
     progress: bool = True,
+    shardings: Any = None,
 ) -> nnx.State[Any, Any]:
-    """The state with every abstract leaf replaced by its tensor, on the default device.
+    """The state with every abstract leaf replaced by its tensor, on the default device or as `shardings` says.
 
-    At any time the host holds one parameter and one tensor beside what is on the device already.
+    At any time the host holds one parameter and one tensor beside what is on the device already. Tensors with NaN or
+    infinite values are loaded, and named in a warning.
 
     Args:
       abstract: from `nnx.eval_shape`; its dtypes are the ones that the parameters get.
       sources: from `expand`.
       read: a tensor by its Hugging Face name.
       stacked_layers: how many layers are stacked on axis 0 of the parameters under `blocks.`; 0: none are.
+      shardings: a tree like `abstract` with a jax.sharding.Sharding at every leaf.
     """
-    flat = nnx.to_flat_state(abstract)
-    loaded = []
-    for path, leaf in tqdm(flat, desc="Loading weights", unit="tensor", leave=False, disable=None if progress else True):
-        target = _aligned_empty(leaf.shape, _numpy_dtype(leaf.dtype))
-        names = source_paths(path, stacked_layers)
-        for index, name in enumerate(names):
-            sources[name].fill(target[index] if len(names) > 1 or (stacked_layers and "blocks" in path) else target, read)
-        loaded.append((path, leaf.replace(jax.device_put(target, may_alias=True))))
+    flat = list(nnx.to_flat_state(abstract))
+    places = flat_shardings(abstract, shardings)
+    loaded, bad = [], list[str]()
+    with loading_bar(abstract, progress) as bar:
+        for path, leaf in flat:
+            target = _aligned_empty(leaf.shape, _numpy_dtype(leaf.dtype))
+            names = source_paths(path, stacked_layers)
+            for index, name in enumerate(names):
+                sources[name].fill(target[index] if len(names) > 1 or (stacked_layers and "blocks" in path) else target, read, bad)
+            loaded.append((path, leaf.replace(jax.device_put(target, places[path], may_alias=True))))
+            bar.update(target.nbytes)
+    warn_of(bad)
     return nnx.from_flat_state(loaded)
 
 
-def source_paths(path: Sequence[str | int], stacked_layers: int) -> list[str]:
+def loading_bar(abstract: Any, progress: bool) -> tqdm[Any]:
+    """A progress bar over the bytes of parameters."""
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False, "disable": None if progress else True}
+    return tqdm(total=total, desc="Loading weights", **options)
+
+
+def flat_shardings(abstract: nnx.State[Any, Any], shardings: Any) -> dict[tuple[Any, ...], Any]:
+    """Each parameter's sharding by its path in the flat state; None is the default device."""
+    paths = [path for path, _ in nnx.to_flat_state(abstract)]
+    if shardings is None:
+        return dict.fromkeys(paths)
+    given, needed = jax.tree.structure(shardings), jax.tree.structure(abstract)
+    if bool(given != needed):  # type: ignore[operator]
+        raise ValueError("shardings is not a tree like the abstract parameters, with a Sharding at every leaf")
+    return dict(zip(paths, jax.tree.leaves(shardings), strict=True))
+
+
+def warn_of(bad: Sequence[str]) -> None:
+    """A warning that names tensors with NaN or infinite values."""
+    if bad:
+        more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        log.warning("%d tensors have NaN or infinite values: %s%s", len(bad), ", ".join(bad[:MAX_NAMED]), more)
+
+
+def source_paths(path: Sequence[Any], stacked_layers: int) -> list[str]:
     """The table's paths of a parameter: `blocks.layers.3.norm` is `blocks.3.norm`; stacked, it is one a layer."""
     words = [str(word) for word in path]
     if words[0] != "blocks":

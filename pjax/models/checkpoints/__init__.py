@@ -13,7 +13,7 @@ NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' folders; a second co
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Opens a Hugging Face folder, a .gguf file, or a hub id (downloaded first, with a progress bar).
+    """Opens a Hugging Face folder, a folder of `pjax.convert`, a .gguf file, or a hub id (downloaded first, with a progress bar).
 
     Raises CheckpointError when there is no such thing or it is damaged, UnsupportedError for other formats.
     """
@@ -26,6 +26,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return GGUFFile(path)
     if not path.is_dir():
         path = download(str(model))
+    if (path / "pjax_parameters.json").is_file():
+        from pjax.models.checkpoints.orbax_folder import OrbaxFolder
+
+        return OrbaxFolder(path)
     from pjax.models.checkpoints.hf_folder import HFFolder
 
     return HFFolder(path)

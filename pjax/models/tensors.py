@@ -1,0 +1,143 @@
+"""A checkpoint's tensors by their Hugging Face names, whatever its format, checked against its config before any is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pjax.errors import CheckpointError, UnsupportedError
+from pjax.models.checkpoints import open_checkpoint
+from pjax.models.checkpoints.base import Checkpoint
+from pjax.models.checkpoints.stored import DTYPES
+from pjax.models.weights import Source, check_names, expand
+
+log = logging.getLogger(__name__)
+
+PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
+COMPARED_ROWS = 1024  # of a head and its embedding, at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTensors:
+    """An open checkpoint that holds what its config needs.
+
+    Attributes:
+      hf: config.json's content, with tie_word_embeddings as the tensors have it.
+      family: the module of the architecture.
+      sources: every parameter's path, and the tensors that make it.
+    """
+
+    checkpoint: Checkpoint
+    hf: Mapping[str, Any]
+    family: Any
+    config: Any
+    sources: Mapping[str, Source]
+    stored_names: Mapping[str, str]  # of the tensors in the checkpoint
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that a parameter needs, as checkpoints have them."""
+        return {name: shape for source in self.sources.values() for name, shape in source.parts}
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor by its Hugging Face name, in Hugging Face's order."""
+        array = self.checkpoint.read(self.stored_names[name])
+        return self.family.from_gguf(name, array, self.config) if self.checkpoint.format == "gguf" else array
+
+    def choose_dtype(self, wanted: str) -> str:
+        """The type of the parameters: as wanted, or for "auto" what the config says, or else what most of the weights have.
+
+        What the tensors have is logged, with what becomes of them.
+        """
+        found, sizes = self.checkpoint.dtypes(), Counter[str]()
+        for name, shape in self.shapes.items():
+            sizes[found[self.stored_names[name]]] += int(np.prod(shape, dtype=np.int64))
+        chosen, why = wanted, "as asked"
+        if wanted == "auto":
+            stated = self.hf.get("dtype") or self.hf.get("torch_dtype")
+            chosen = str(stated or sizes.most_common(1)[0][0]).removeprefix("torch.")
+            why = "as its config says" if stated else "as most of them are"
+            if not stated and chosen == "float64":
+                chosen = "float32"
+        if chosen not in PARAMETER_DTYPES:
+            raise UnsupportedError(f"{self.checkpoint.path}: dtype is {chosen!r}; supported: {', '.join(PARAMETER_DTYPES)}")
+        if set(sizes) != {chosen}:
+            shares = ", ".join(f"{100 * size / sizes.total():.3g}% {dtype}" for dtype, size in sizes.most_common())
+            log.info("%s: its weights are %s; parameters are %s, %s", self.checkpoint.path.name, shares, chosen, why)
+        return chosen
+
+
+def open_tensors(model: str | Path, find_family: Callable[[Mapping[str, Any]], Any]) -> ModelTensors:
+    """Opens a checkpoint (folder, .gguf file or hub id).
+
+    Raises CheckpointError when it is missing, damaged or does not fit its config, UnsupportedError when pjax does not have its
+    architecture, or does not apply a field of its config or the type of a tensor.
+    """
+    checkpoint = open_checkpoint(model)
+    try:
+        return _open(checkpoint, find_family)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any]) -> ModelTensors:
+    hf = dict(checkpoint.hf_config())
+    family = find_family(hf)
+    config = family.Config.from_hf(hf)
+    found = checkpoint.names()
+    if config.num_layers > len(found):
+        raise CheckpointError(f"{checkpoint.path}: its config has {config.num_layers} layers, but there are {len(found)} tensors in all")
+    is_gguf = checkpoint.format == "gguf"
+    aliases: dict[str, str] = {}
+    if not is_gguf and (pair := _tied_pair(family, config)):
+        head, embedding = pair
+        if head in found and embedding not in found:
+            aliases[embedding] = head
+        elif head in found and found[head] == found.get(embedding) and not _equal(checkpoint, head, embedding):
+            log.warning(
+                "%s: its config ties %s to %s, but the two differ: the head is used as it is", checkpoint.path.name, head, embedding
+            )
+            hf["tie_word_embeddings"] = False
+            config = family.Config.from_hf(hf)
+    sources = expand(family.weight_table(config), config.num_layers)
+    wanted = [name for source in sources.values() for name, _ in source.parts]
+    stored_names = {name: family.gguf_name(name) if is_gguf else aliases.get(name, name) for name in wanted}
+    to_hf = {stored: name for name, stored in stored_names.items()}
+    renamed = {to_hf.get(name, name): shape for name, shape in found.items()}
+    check_names(sources, renamed, family.known_leftovers(config), str(checkpoint.path))
+    dtypes = checkpoint.dtypes()
+    others = [f"{name} ({dtypes[stored]})" for name, stored in stored_names.items() if dtypes[stored] not in DTYPES]
+    if others:
+        raise UnsupportedError(f"{checkpoint.path}: the types of tensors {', '.join(others)} are not among {', '.join(DTYPES)}")
+    return ModelTensors(checkpoint=checkpoint, hf=hf, family=family, config=config, sources=sources, stored_names=stored_names)
+
+
+def _tied_pair(family: Any, config: Any) -> tuple[str, str] | None:
+    """The tensors of the head and the embedding, where the config ties them."""
+    if not getattr(config, "tied", False):
+        return None
+    sources = expand(family.weight_table(dataclasses.replace(config, tied=False)), 1)
+    head, embedding = sources.get("head.kernel"), sources.get("embed.table")
+    return (head.parts[0][0], embedding.parts[0][0]) if head and embedding else None
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors have the same type and bits; where a file stores them once, nothing is read."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    if a.dtype != b.dtype:
+        return False
+    if a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides:
+        return True
+    bits = f"u{a.dtype.itemsize}"
+    return all(
+        np.array_equal(a[row : row + COMPARED_ROWS].view(bits), b[row : row + COMPARED_ROWS].view(bits))
+        for row in range(0, len(a), COMPARED_ROWS)
+    )
