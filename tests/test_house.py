@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"errors", "params", "outputs"},
     "runner": {"models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
     "text": {"errors", "params", "gguf_header"},
+    "convert": {"models", "text", "errors"},
     "memory": {"pallas_kernels", "errors", "config"},
     "metrics": {"errors", "config", "outputs"},
 }
