@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import lexists
@@ -50,7 +51,7 @@ class HFFolder(Checkpoint):
         self.path = path
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json")
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         layout = next((one for one in LAYOUTS if lexists(path / one.single) or lexists(path / one.index)), None)
         if layout is None:
             others = sorted(file.name for file in path.iterdir() if file.suffix in OTHER_FORMATS)
@@ -63,7 +64,8 @@ class HFFolder(Checkpoint):
         else:
             self._tensors = self._shards(layout)
         for file in {tensor.file for tensor in self._tensors.values()}:
-            self._maps[file] = np.memmap(file, np.uint8, mode="r")
+            with file.open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _shards(self, layout: Layout) -> dict[str, StoredTensor]:
         index = self.path / layout.index
@@ -103,7 +105,13 @@ class HFFolder(Checkpoint):
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         tensor = self._tensors[name]
-        return tensor.view(name, self._maps[tensor.file])
+        data = self._maps[tensor.file]
+        array = tensor.view(name, data)
+        if array.size == 0:
+            return array
+        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_WILLNEED, start, min(tensor.offset + array.nbytes, len(data)) - start)  # read ahead in large pieces
+        return array
 
     def close(self) -> None:
         """Forgets the tensors; a file is unmapped with the last array that views it."""

@@ -90,7 +90,8 @@ class OrbaxFolder(Checkpoint):
     def load(self, abstract: nnx.State[Any, Any], shardings: Any, *, progress: bool = True) -> nnx.State[Any, Any]:
         """The parameters, each read into its own sharding; only layers that are not stacked.
 
-        As many at once as have the bytes of the largest one: the host holds those beside what is on the devices.
+        As many at once as have the bytes of the largest one: the host holds about three times those beside what is on the
+        devices (the bytes read, the decoded arrays, and what goes to the device).
         """
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = flat_shardings(abstract, shardings)

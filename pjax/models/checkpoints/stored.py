@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ class StoredTensor:
     strides: tuple[int, ...]  # in elements
     offset: int  # of its first byte in the file
 
-    def view(self, name: str, data: np.ndarray) -> np.ndarray:
-        """The tensor as a view of the mapped file `data`, uint8 [size]. UnsupportedError when its type is none of `DTYPES`."""
+    def view(self, name: str, data: mmap) -> np.ndarray:
+        """The tensor as a view of the mapped file `data`. UnsupportedError when its type is none of `DTYPES`."""
         if self.dtype not in DTYPES:
             raise UnsupportedError(f"{self.file}: tensor {name} is {self.dtype}; supported: {', '.join(DTYPES)}")
         dtype = DTYPES[self.dtype]
@@ -41,7 +42,7 @@ class StoredTensor:
             return np.empty(self.shape, dtype)
         strides = tuple(step * dtype.itemsize for step in self.strides)
         try:
-            return np.ndarray(self.shape, dtype, data.data, self.offset, strides)
+            return np.ndarray(self.shape, dtype, data, self.offset, strides)
         except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{self.file} is damaged: tensor {name} of shape {list(self.shape)}: {error}") from error
 
