@@ -69,11 +69,12 @@ def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
     """
     exponent = np.array(_EXPONENTS[target.dtype.name], f"u{target.dtype.itemsize}")
     step, count = max(CHUNK * len(target) // max(target.size, 1), 1), 0
+    scratch = np.empty((min(step, len(target)), *target.shape[1:]), exponent.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(target), step):
             rows = target[start : start + step]
             rows[...] = array[start : start + step]
-            bits = np.bitwise_and(rows.view(exponent.dtype), exponent)
+            bits = np.bitwise_and(rows.view(exponent.dtype), exponent, out=scratch[: len(rows)])
             if bits.size and bits.max() == exponent:
                 count += int(np.count_nonzero(bits == exponent))
     return count
