@@ -44,7 +44,7 @@ def main() -> None:
     show_logs()
     try:
         made = convert(args.source, args.destination, format=args.format, dtype=args.dtype, max_shard_size=args.max_shard_size)
-    except PjaxError as error:
+    except (PjaxError, OSError) as error:
         sys.exit(f"convert.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -218,6 +220,12 @@ def test_what_is_refused(truth: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=r"mine\.partial is not empty and has no conversion\.json"):
         convert(truth, tmp_path / "mine")
     assert (tmp_path / "mine.partial" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "busy.partial").mkdir()
+    folder = os.open(tmp_path / "busy.partial", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match=r"another process is converting into .*busy\.partial"):
+        convert(truth, tmp_path / "busy")
+    os.close(folder)
     for options, message in (
         ({"format": "onnx"}, "format is 'onnx', but must be one of safetensors, orbax"),
         ({"dtype": "int8"}, "dtype is 'int8', but must be one of auto, float32"),

@@ -57,10 +57,10 @@ class Checkpoint(ABC):
         self.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError names the file when it is none or has a name twice."""
+def read_json(path: Path, *, is_unique: bool = False) -> dict[str, Any]:
+    """A JSON object; CheckpointError names the file when it is none, or where `is_unique` has a name twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique if is_unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):

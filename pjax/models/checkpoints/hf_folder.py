@@ -69,7 +69,7 @@ class HFFolder(Checkpoint):
 
     def _shards(self, layout: Layout) -> dict[str, StoredTensor]:
         index = self.path / layout.index
-        weight_map = read_json(check_inside(self.path, layout.index, "the checkpoint")).get("weight_map")
+        weight_map = read_json(check_inside(self.path, layout.index, "the checkpoint"), is_unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
         tensors: dict[str, StoredTensor] = {}

@@ -183,7 +183,7 @@ def _checkpointer() -> Any:
 
 def _read_manifest(folder: Path) -> dict[str, Parameter]:
     path = folder / MANIFEST
-    manifest = read_json(path)
+    manifest = read_json(path, is_unique=True)
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path}: version is {manifest.get('version')!r}, but must be {VERSION}; convert the checkpoint again")
     parameters = {}
