@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 from pjax.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
+    import jax
     from flax import nnx
 
-FAMILIES: dict[str, str] = {"LlamaForCausalLM": "pjax.models.llama"}
-"""Hugging Face architecture to the module that implements it."""
+FAMILIES: dict[str, str] = {
+    "GPT2LMHeadModel": "pjax.models.gpt2",
+    "GPTNeoXForCausalLM": "pjax.models.gpt_neox",
+    "LlamaForCausalLM": "pjax.models.llama",
+    "MistralForCausalLM": "pjax.models.llama",
+    "OPTForCausalLM": "pjax.models.opt",
+    "Qwen2ForCausalLM": "pjax.models.llama",
+    "Qwen3ForCausalLM": "pjax.models.llama",
+}
+"""Hugging Face architecture to the module that implements it; `register_family` adds to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,23 @@ class ModelSource:
         import jax
 
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+
+
+FAMILY_NAMES = ("Config", "Model", "weight_table", "known_leftovers", "gguf_name", "from_gguf", "PREFIX", "OTHER_NAMES")
+
+
+def register_family(architecture: str, module: str) -> None:
+    """Adds a family from outside pjax: the architecture of its configs, and the module that has `FAMILY_NAMES` (docs/add_a_model.md).
+
+    Raises ValueError when the architecture is taken or the module lacks a name, ImportError when it can't be imported.
+    """
+    if architecture in FAMILIES:
+        raise ValueError(f"architecture is {architecture!r}, which {FAMILIES[architecture]} implements already")
+    found = importlib.import_module(module)
+    missing = [name for name in FAMILY_NAMES if not hasattr(found, name)]
+    if missing:
+        raise ValueError(f"module {module} lacks {', '.join(missing)}, which a family must have")
+    FAMILIES[architecture] = module
 
 
 def find_family(hf_config: Mapping[str, Any]) -> Any:
@@ -93,6 +119,39 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> 
         dtype=dtype,
         read_weights=read_weights,
     )
+
+
+def load(model: str | Path, *, dtype: str = "auto", layer_mode: str = "unroll", progress: bool = True) -> Any:
+    """A model with its parameters, an NNX module: for `forward` (logits of whole sequences, differentiable) or your own code.
+
+    Arguments and errors as for `open_model`.
+    """
+    from flax import nnx
+
+    source = open_model(model, dtype=dtype, layer_mode=layer_mode)
+    return nnx.merge(source.graph, source.load(progress=progress))
+
+
+def forward(model: Any, token_ids: jax.Array) -> jax.Array:
+    """Logits after every token of `token_ids` [B, S], float32 [B, S, V]; see `pjax.models.dense.forward`."""
+    from pjax.models import dense
+
+    return dense.forward(model, token_ids)
+
+
+def to_hf_state(model: Any) -> dict[str, jax.Array]:
+    """A model's parameters (or of a tree like them, gradients say, merged into a module) by their Hugging Face names and shapes.
+
+    The inverse of loading: views and slices of the arrays where they are; a stacked model's layers come apart.
+    """
+    from flax import nnx
+
+    from pjax.models.weights import expand, to_sources
+
+    config = model.config
+    family = importlib.import_module(type(model).__module__)
+    state = nnx.state(model, nnx.Param)
+    return to_sources(state, expand(family.weight_table(config), config.num_layers), config.num_layers)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -32,11 +32,22 @@ class PagedContext:
         )
 
     def attend(
-        self, pages: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array, *, sliding_window: int | None = None
+        self,
+        pages: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: int | jax.Array,
+        *,
+        scale: float | None = None,
+        sliding_window: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Writes k, v [T, K, H] as layer `layer` and attends with q [T, N, H]; returns ([T, N, H], pages)."""
+        """Writes k, v [T, K, H] as layer `layer` and attends with q [T, N, H]; returns ([T, N, H], pages).
+
+        `scale` multiplies the logits, H ** -0.5 by default.
+        """
         offset = layer * self.num_pages
         pages = self.targets.write(pages, k, v, offset)
         batch = self.batch.offset_pages(offset)
-        out = paged_attention(q, pages, batch, num_kv_heads=k.shape[1], sliding_window=sliding_window, backend=self.backend)
+        out = paged_attention(q, pages, batch, num_kv_heads=k.shape[1], scale=scale, sliding_window=sliding_window, backend=self.backend)
         return out, pages

@@ -15,7 +15,9 @@ NEUTRAL_KEYS = frozenset(
     "finetuning_task hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference "
     "label2id language model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id problem_type pruned_heads "
     "quantization return_dict rope_interleaved sep_token_id tie_encoder_decoder torch_dtype torchscript transformers.js_config "
-    "transformers_version use_bfloat16 use_cache vocab_size_is_padded task_specific_params tf_legacy_loss decoder_start_token_id".split()
+    "transformers_version use_bfloat16 use_cache vocab_size_is_padded task_specific_params tf_legacy_loss decoder_start_token_id "
+    "activation_dropout attn_pdrop classifier_dropout dropout embd_pdrop gradient_checkpointing init_std layerdrop n_ctx prefix "
+    "resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
 )
 
 
@@ -85,11 +87,15 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    fraction: float = 1.0  # of a head that is rotated
 
     @classmethod
-    def read(cls, config: ConfigReader, max_position: int) -> RopeConfig:
-        """From `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
-        theta = config.get("rope_theta")
+    def read(cls, config: ConfigReader, max_position: int, *, theta_key: str = "rope_theta", fraction_key: str | None = None) -> RopeConfig:
+        """From `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5).
+
+        A family whose heads are rotated in part names the key of the part; for the others it must be 1.
+        """
+        theta = config.get(theta_key)
         raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"rope scaling is {raw!r}, but must be an object")
@@ -113,6 +119,12 @@ class RopeConfig:
             values["truncate"] = inner.flag("truncate", True)
             for key in ("attention_factor", "mscale", "mscale_all_dim"):
                 values[key] = None if inner.get(key) is None else inner.number(key)
-        inner.only("partial_rotary_factor", (1, 1.0), 1.0)
+        fraction = None if fraction_key is None else config.get(fraction_key)
+        if fraction_key is None:
+            inner.only("partial_rotary_factor", (1, 1.0), 1.0)
+        else:
+            values["fraction"] = inner.number("partial_rotary_factor", 0.25 if fraction is None else fraction)
+            if values["fraction"] > 1:
+                raise CheckpointError(f"rope scaling: {fraction_key} is {values['fraction']}, but must be in (0, 1]")
         inner.finish()
         return cls(**values)

@@ -84,6 +84,36 @@ class RMSNorm(nnx.Module):
         return (self.scale[...] * wide.astype(x.dtype)).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation · scale + bias, in float32 (Ba et al. 2016); without scale and bias where `affine` is false."""
+
+    def __init__(self, size: int, *, epsilon: float, affine: bool = True, dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), dtype)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if affine else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        if self.scale is not None and self.bias is not None:
+            wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,  # these three are one formula, with tanh
+    "gelu_fast": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+}
+"""By their names in Hugging Face configs."""
+
+
 class Embedding(nnx.Module):
     """A table [V, D]; `attend` uses it as a tied head."""
 

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023) and what shares its shape: Llama 2 and 3, TinyLlama, SmolLM2."""
+"""LLaMA (Touvron et al. 2023) and what shares its shape: Llama 2 and 3, TinyLlama, SmolLM2, Mistral, Qwen 2 and 3."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pjax.errors import CheckpointError
+from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.attention import PagedContext
 from pjax.models.config import ConfigReader, RopeConfig
-from pjax.models.layers import Embedding, LayerStack, Linear, RMSNorm, matmul
+from pjax.models.layers import ACTIVATIONS, Embedding, LayerStack, Linear, RMSNorm, matmul
 from pjax.models.rope import rotate, rotation
 from pjax.models.weights import Weight
+
+PREFIX = "model."
+OTHER_NAMES: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +37,22 @@ class LlamaConfig:
     rms_norm_epsilon: float
     rope: RopeConfig
     activation: str
-    attention_bias: bool
+    attention_bias: bool  # of queries, keys and values
+    out_bias: bool
     mlp_bias: bool
+    head_norm: bool  # queries and keys are normed head by head (Qwen 3)
+    sliding_window: int | None
     tied: bool
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
         """From config.json's content. Raises CheckpointError for bad values, UnsupportedError for what is not applied."""
-        config = ConfigReader(hf, "llama")
+        kind = hf.get("model_type", "llama")
+        config = ConfigReader(hf, str(kind))
         hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         max_position = config.integer("max_position_embeddings", 2048)
         config.only("pretraining_tp", (1,), 1)
+        attention_bias = config.flag("attention_bias")
         made = cls(
             vocab_size=config.integer("vocab_size"),
             hidden_size=hidden_size,
@@ -56,27 +64,39 @@ class LlamaConfig:
             max_position=max_position,
             rms_norm_epsilon=config.number("rms_norm_eps", 1e-6),
             rope=RopeConfig.read(config, max_position),
-            activation=config.only("hidden_act", ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"), "silu"),
-            attention_bias=config.flag("attention_bias"),
+            activation=config.only("hidden_act", ACTIVATIONS, "silu"),
+            attention_bias=attention_bias or kind == "qwen2",
+            out_bias=attention_bias,
             mlp_bias=config.flag("mlp_bias"),
+            head_norm=kind == "qwen3",
+            sliding_window=_window(config, str(kind)),
             tied=config.flag("tie_word_embeddings"),
         )
         if made.num_heads % made.num_kv_heads:
             raise CheckpointError(
-                f"llama config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}"
+                f"{kind} config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}"
             )
         if made.head_size % 2:
-            raise CheckpointError(f"llama config: head_dim is {made.head_size}, but must be even")
+            raise CheckpointError(f"{kind} config: head_dim is {made.head_size}, but must be even")
         config.finish()
         return made
 
 
-def _activate(x: jax.Array, name: str) -> jax.Array:
-    if name == "silu":
-        return jax.nn.silu(x)
-    if name == "relu":
-        return jax.nn.relu(x)
-    return jax.nn.gelu(x, approximate=name != "gelu")
+def _window(config: ConfigReader, kind: str) -> int | None:
+    """The sliding window of all layers. A llama has none; a mistral has one; a qwen has one that may be off, or for some layers."""
+    if kind not in ("mistral", "qwen2", "qwen3"):
+        return None
+    window = None if config.get("sliding_window") is None else config.integer("sliding_window")
+    num_layers, first = config.integer("num_hidden_layers"), config.get("max_window_layers", 0)
+    types = config.get("layer_types")
+    if kind != "mistral" and not config.flag("use_sliding_window"):
+        window = None
+    if window is None:
+        return None
+    slides = [kind == "sliding_attention" for kind in types] if types else [layer >= first for layer in range(num_layers)]
+    if any(slides) and not all(slides):
+        raise UnsupportedError(f"{kind} config: {sum(slides)} of {num_layers} layers have the sliding window; supported: all or none")
+    return window if all(slides) else None
 
 
 class LlamaAttention(nnx.Module):
@@ -86,7 +106,9 @@ class LlamaAttention(nnx.Module):
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = Linear(config.hidden_size, heads * config.head_size, bias=config.attention_bias, dtype=dtype)
-        self.out = Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        self.out = Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.out_bias, dtype=dtype)
+        self.q_norm = RMSNorm(config.head_size, epsilon=config.rms_norm_epsilon, dtype=dtype) if config.head_norm else None
+        self.k_norm = RMSNorm(config.head_size, epsilon=config.rms_norm_epsilon, dtype=dtype) if config.head_norm else None
 
     def __call__(
         self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext, rope: tuple[jax.Array, jax.Array]
@@ -95,9 +117,12 @@ class LlamaAttention(nnx.Module):
         config = self.config
         num_q, num_kv = config.num_heads, config.num_kv_heads
         heads = self.qkv(x).reshape(x.shape[0], num_q + 2 * num_kv, config.head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = jnp.split(heads, [num_q, num_q + num_kv], axis=1)
+            heads = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=1)
         turned = rotate(heads[:, : num_q + num_kv], *rope)
         q, k, v = turned[:, :num_q], turned[:, num_q:], heads[:, num_q + num_kv :]
-        out, pages = context.attend(pages, q, k, v, layer)
+        out, pages = context.attend(pages, q, k, v, layer, sliding_window=config.sliding_window)
         return self.out(out.reshape(x.shape[0], num_q * config.head_size)), pages
 
 
@@ -112,7 +137,7 @@ class LlamaMLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, D] to [T, D]."""
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(_activate(gate, self.activation) * up)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class LlamaBlock(nnx.Module):
@@ -172,12 +197,15 @@ def weight_table(config: LlamaConfig) -> dict[str, Weight]:
         "embed.table": Weight.plain("model.embed_tokens.weight", (config.vocab_size, hidden)),
         "blocks.{}.attention_norm.scale": Weight.plain("model.layers.{}.input_layernorm.weight", (hidden,)),
         "blocks.{}.attention.qkv": Weight.linear(hidden, *qkv, bias=config.attention_bias),
-        "blocks.{}.attention.out": Weight.linear(q, (attention + "o_proj", hidden), bias=config.attention_bias),
+        "blocks.{}.attention.out": Weight.linear(q, (attention + "o_proj", hidden), bias=config.out_bias),
         "blocks.{}.mlp_norm.scale": Weight.plain("model.layers.{}.post_attention_layernorm.weight", (hidden,)),
         "blocks.{}.mlp.gate_up": Weight.linear(hidden, *gate_up, bias=config.mlp_bias),
         "blocks.{}.mlp.down": Weight.linear(wide, (mlp + "down_proj", hidden), bias=config.mlp_bias),
         "norm.scale": Weight.plain("model.norm.weight", (hidden,)),
     }
+    if config.head_norm:
+        table["blocks.{}.attention.q_norm.scale"] = Weight.plain(attention + "q_norm.weight", (size,))
+        table["blocks.{}.attention.k_norm.scale"] = Weight.plain(attention + "k_norm.weight", (size,))
     if not config.tied:
         table["head"] = Weight.linear(hidden, ("lm_head", config.vocab_size))
     return table
@@ -196,6 +224,8 @@ GGUF_NAMES = {
     "model.layers.": "blk.",
     ".input_layernorm.": ".attn_norm.",
     ".post_attention_layernorm.": ".ffn_norm.",
+    ".self_attn.q_norm.": ".attn_q_norm.",
+    ".self_attn.k_norm.": ".attn_k_norm.",
     ".self_attn.q_proj.": ".attn_q.",
     ".self_attn.k_proj.": ".attn_k.",
     ".self_attn.v_proj.": ".attn_v.",

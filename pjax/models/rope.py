@@ -83,7 +83,12 @@ def rotation(config: RopeConfig, head_size: int, positions: jax.Array) -> tuple[
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [T, heads, H] rotated in float32; element i is paired with i + H / 2 (the "half" form of Hugging Face)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """x [T, heads, H] rotated in float32; element i is paired with i + R / 2 (the "half" form of Hugging Face).
+
+    cos and sin are [T, R / 2]; elements from R on stay as they are.
+    """
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)

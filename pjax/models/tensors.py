@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,12 +97,14 @@ def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any
     if config.num_layers > len(found):
         raise CheckpointError(f"{checkpoint.path}: its config has {config.num_layers} layers, but there are {len(found)} tensors in all")
     is_gguf = checkpoint.format == "gguf"
-    aliases: dict[str, str] = {}
+    aliases = {} if is_gguf else _other_names(family, config, found)
+    found = {name: found[stored] for name, stored in aliases.items()} | {n: s for n, s in found.items() if n not in aliases.values()}
     if not is_gguf and (pair := _tied_pair(family, config)):
         head, embedding = pair
         if head in found and embedding not in found:
-            aliases[embedding] = head
-        elif head in found and found[head] == found.get(embedding) and not _equal(checkpoint, head, embedding):
+            aliases[embedding] = aliases.get(head, head)
+            found[embedding] = found.pop(head)
+        elif head in found and found[head] == found.get(embedding) and not _equal(checkpoint, *(aliases.get(name, name) for name in pair)):
             log.warning(
                 "%s: its config ties %s to %s, but the two differ: the head is used as it is", checkpoint.path.name, head, embedding
             )
@@ -110,7 +113,7 @@ def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any
     sources = expand(family.weight_table(config), config.num_layers)
     wanted = [name for source in sources.values() for name, _ in source.parts]
     stored_names = {name: family.gguf_name(name) if is_gguf else aliases.get(name, name) for name in wanted}
-    to_hf = {stored: name for name, stored in stored_names.items()}
+    to_hf = {stored: name for name, stored in stored_names.items()} if is_gguf else {}
     renamed = {to_hf.get(name, name): shape for name, shape in found.items()}
     check_names(sources, renamed, family.known_leftovers(config), str(checkpoint.path))
     dtypes = checkpoint.dtypes()
@@ -118,6 +121,22 @@ def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any
     if others:
         raise UnsupportedError(f"{checkpoint.path}: the types of tensors {', '.join(others)} are not among {', '.join(DTYPES)}")
     return ModelTensors(checkpoint=checkpoint, hf=hf, family=family, config=config, sources=sources, stored_names=stored_names)
+
+
+def _other_names(family: Any, config: Any, found: Mapping[str, Any]) -> dict[str, str]:
+    """Stored names by transformers' own, where they differ: files without the family's prefix, and names of earlier versions."""
+    names: dict[str, str] = {}
+    has_prefix = any(name.startswith(family.PREFIX) for name in found)
+    wanted = {name for source in expand(family.weight_table(config), config.num_layers).values() for name, _ in source.parts}
+    leftovers = re.compile("|".join(f"(?:{pattern})" for pattern in family.known_leftovers(config)) or r"(?!)")
+    for stored in found:
+        name = family.OTHER_NAMES.get(stored, stored)
+        full = family.PREFIX + name
+        if not has_prefix and (full in wanted or leftovers.fullmatch(full)):
+            name = full
+        if name != stored:
+            names[name] = stored
+    return names
 
 
 def _tied_pair(family: Any, config: Any) -> tuple[str, str] | None:

@@ -32,6 +32,7 @@ class Weight:
     parts: tuple[tuple[str, Shape], ...]  # name without ".weight" for a Linear; shape as in the checkpoint
     is_linear: bool = False
     bias: bool = False
+    transposed: bool = False  # the checkpoint's kernel is [in, out]
 
     @classmethod
     def plain(cls, name: str, shape: Shape) -> Weight:
@@ -43,18 +44,37 @@ class Weight:
         """A `Linear` made of one or several torch linears `(name, num_out)`, side by side."""
         return cls(parts=tuple((name, (num_out, num_in)) for name, num_out in outs), is_linear=True, bias=bias)
 
+    @classmethod
+    def conv1d(cls, num_in: int, name: str, num_out: int) -> Weight:
+        """A `Linear` whose checkpoint has its kernel as [in, out], GPT-2's "Conv1D", with a bias."""
+        return cls(parts=((name, (num_in, num_out)),), is_linear=True, bias=True, transposed=True)
+
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors that, joined on the first axis, make one parameter."""
+    """Tensors that, joined on the first axis, make one parameter; or one tensor, transposed."""
 
     parts: tuple[tuple[str, Shape], ...]
+    transposed: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of the parameter."""
+        first = self.parts[0][1]
+        return first[::-1] if self.transposed else (sum(shape[0] for _, shape in self.parts), *first[1:])
+
+    def split(self, parameter: Any) -> dict[str, Any]:
+        """The parts of a parameter by their names, as the checkpoint has them: the inverse of `fill`, for numpy or jax arrays."""
+        if self.transposed:
+            return {self.parts[0][0]: parameter.T}
+        ends = np.cumsum([shape[0] for _, shape in self.parts])
+        return {name: parameter[end - shape[0] : end] for (name, shape), end in zip(self.parts, ends, strict=True)}
 
     def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray], bad: list[str]) -> None:
         """Reads each part into its rows of `target`; names those with NaN or infinite values, as they are after the cast, in `bad`."""
         start = 0
         for name, _ in self.parts:
-            array = read(name)
+            array = read(name).T if self.transposed else read(name)
             rows = target[start : start + len(array)]
             if (count := copy_and_check(rows, array)) > 0:
                 bad.append(f"{name} ({count} of {array.size})")
@@ -90,9 +110,9 @@ def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
             if not weight.is_linear:
                 sources[where] = Source(parts)
                 continue
-            sources[f"{where}.kernel"] = Source(tuple((f"{n}.weight", s) for n, s in parts))
+            sources[f"{where}.kernel"] = Source(tuple((f"{n}.weight", s) for n, s in parts), transposed=weight.transposed)
             if weight.bias:
-                sources[f"{where}.bias"] = Source(tuple((f"{n}.bias", s[:1]) for n, s in parts))
+                sources[f"{where}.bias"] = Source(tuple((f"{n}.bias", s[1:] if weight.transposed else s[:1]) for n, s in parts))
     return sources
 
 
@@ -145,6 +165,18 @@ def load_into(
             bar.update(target.nbytes)
     warn_of(bad)
     return nnx.from_flat_state(loaded)
+
+
+def to_sources(state: nnx.State[Any, Any], sources: Mapping[str, Source], num_layers: int) -> dict[str, Any]:
+    """Every checkpoint tensor, cut out of the parameters of a state: the inverse of `load_into`."""
+    flat = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    stacked = not any(path[:2] == ("blocks", "layers") and path[2].isdigit() for path in flat)
+    tensors: dict[str, Any] = {}
+    for path, value in flat.items():
+        names = source_paths(path, num_layers if stacked else 0)
+        for index, name in enumerate(names):
+            tensors |= sources[name].split(value[index] if stacked and path[0] == "blocks" else value)
+    return tensors
 
 
 def loading_bar(abstract: Any, progress: bool) -> tqdm[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,12 @@ class Parameter:
 
     group: str
     dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face tensors, one after the other on the first axis
+    source: Source  # the Hugging Face tensors in it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        return self.source.shape
 
     @property
     def num_bytes(self) -> int:
@@ -51,9 +55,7 @@ class OrbaxFolder(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._parameters = _read_manifest(path)
-        self._where = {
-            name: (key, row, shape) for key, parameter in self._parameters.items() for name, shape, row in _rows_of(parameter.parts)
-        }
+        self._where = {name: (key, shape) for key, parameter in self._parameters.items() for name, shape in parameter.source.parts}
         self._last: tuple[str, np.ndarray] | None = None  # one parameter can make several tensors
 
     def hf_config(self) -> dict[str, Any]:
@@ -67,25 +69,26 @@ class OrbaxFolder(Checkpoint):
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name and shape of every tensor."""
-        return {name: shape for name, (_, _, shape) in self._where.items()}
+        return {name: shape for name, (_, shape) in self._where.items()}
 
     def dtypes(self) -> dict[str, str]:
         """Name and type of every tensor."""
-        return {name: self._parameters[key].dtype for name, (key, _, _) in self._where.items()}
+        return {name: self._parameters[key].dtype for name, (key, _) in self._where.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor by its Hugging Face name: the rows of its parameter."""
         if name not in self._where:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        key, row, shape = self._where[name]
+        key, _ = self._where[name]
         if self._last is None or self._last[0] != key:
             self._last = None
             self._last = (key, self._restore({key: _AS_NUMPY})[key])
-        return self._last[1][row : row + shape[0]]
+        part: np.ndarray = self._parameters[key].source.split(self._last[1])[name]
+        return part
 
     def fits(self, sources: Mapping[str, Source]) -> bool:
         """Whether its parameters are those of the model as this version of pjax makes them."""
-        return {key: parameter.parts for key, parameter in self._parameters.items()} == {key: one.parts for key, one in sources.items()}
+        return {key: parameter.source for key, parameter in self._parameters.items()} == dict(sources)
 
     def load(self, abstract: nnx.State[Any, Any], shardings: Any, *, progress: bool = True) -> nnx.State[Any, Any]:
         """The parameters, each read into its own sharding; only layers that are not stacked.
@@ -168,7 +171,13 @@ def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def write_manifest(folder: Path, parameters: Mapping[str, Parameter]) -> None:
     """pjax_parameters.json."""
     rows = {
-        key: {"group": one.group, "dtype": one.dtype, "shape": one.shape, "parts": [{"name": n, "shape": s} for n, s in one.parts]}
+        key: {
+            "group": one.group,
+            "dtype": one.dtype,
+            "shape": one.shape,
+            "parts": [{"name": name, "shape": shape} for name, shape in one.source.parts],
+            "transposed": one.source.transposed,
+        }
         for key, one in parameters.items()
     }
     (folder / MANIFEST).write_text(json.dumps({"version": VERSION, "parameters": rows}, indent=1), encoding="utf-8")
@@ -190,10 +199,10 @@ def _read_manifest(folder: Path) -> dict[str, Parameter]:
     try:
         for key, row in manifest["parameters"].items():
             parts = tuple((str(part["name"]), tuple(int(n) for n in part["shape"])) for part in row["parts"])
-            one = Parameter(str(row["group"]), str(row["dtype"]), tuple(int(n) for n in row["shape"]), parts)
+            one = Parameter(str(row["group"]), str(row["dtype"]), Source(parts, bool(row["transposed"])))
             rest = {shape[1:] for _, shape in parts}
-            if one.dtype not in DTYPES or rest != {one.shape[1:]} or sum(shape[0] for _, shape in parts) != one.shape[0]:
-                raise ValueError(f"{key}: dtype {one.dtype}, shape {list(one.shape)} and parts do not fit together")
+            if one.dtype not in DTYPES or len(rest) != 1 or (one.source.transposed and len(parts) > 1) or list(one.shape) != row["shape"]:
+                raise ValueError(f"{key}: dtype {one.dtype}, shape {row['shape']} and parts do not fit together")
             parameters[key] = one
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r:.300}") from error
@@ -206,14 +215,6 @@ def _read_manifest(folder: Path) -> dict[str, Parameter]:
         if not where.is_dir():
             raise CheckpointError(f"{folder} has no {group}, which {MANIFEST} names")
     return parameters
-
-
-def _rows_of(parts: Sequence[tuple[str, tuple[int, ...]]]) -> Iterable[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and first row of each part."""
-    row = 0
-    for name, shape in parts:
-        yield name, shape, row
-        row += shape[0]
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,12 +88,10 @@ class OrbaxWriter:
 
     def __init__(self, tensors: Tensors, dtype: str, max_shard_size: int) -> None:
         self._tensors, self._dtype = tensors, dtype
-        shapes = {key: (sum(shape[0] for _, shape in one.parts), *one.parts[0][1][1:]) for key, one in tensors.sources.items()}
+        shapes = {key: one.shape for key, one in tensors.sources.items()}
         sizes = {key: math.prod(shape) * DTYPES[dtype].itemsize for key, shape in shapes.items()}
         self.shards = _split(sizes, max_shard_size, _folder_name)
-        self._parameters = {
-            key: Parameter(shard.name, dtype, shapes[key], tensors.sources[key].parts) for shard in self.shards for key in shard.keys
-        }
+        self._parameters = {key: Parameter(shard.name, dtype, tensors.sources[key]) for shard in self.shards for key in shard.keys}
 
     def write(self, path: Path, shard: Shard, bad: list[str]) -> None:
         """One orbax checkpoint; `bad` gets the names of tensors with NaN or infinite values."""
