@@ -11,6 +11,7 @@ token, so that one kernel serves both; its rows are padded to 64 in shared memor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -36,22 +37,27 @@ LEAST_PAGE = 8  # rows of a tile in shared memory
 MAX_HEAD_SIZE = 256  # columns of one wgmma
 SHARED_BYTES = 220 << 10  # of the 227 KiB that a block may have
 # Registers of a thread, where three warpgroups share the 65,536 of a core: the products need them, the copies do not.
-COPY_REGISTERS, PRODUCT_REGISTERS = 40, 232
+COPY_REGISTERS, PRODUCT_REGISTERS = 56, 224
 AXES = ("split", "tile", "head")  # the last runs fastest: heads of one page side by side
 THREAD = "warpgroup"
 LAYOUT = plgpu.Layout.WGMMA
+ACC = plgpu.ACC  # type: ignore[attr-defined]  # public, but not in its stub's list
+# What is worth measuring, by phase.
+CANDIDATES = {
+    "decode": {"slots": (2, 3, 4), "programs": (132, 264, 528)},
+    "prefill": {"slots": (2, 3), "warpgroups": (1, 2)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MosaicGpuSizes:
-    """What may be tuned. Every choice gives the same result; speed differs. The defaults are not measured."""
+    """What may be tuned, for each phase. Every choice gives the same result; speed differs. The defaults are not measured."""
 
     block: int = 64  # tokens of KV that one step of the inner loop takes; a multiple of 64
     # Blocks in shared memory at once, fewer where they do not fit. Three of 64 tokens of 128 are 96 KiB: two decode
-    # blocks on a core, 192 KiB in flight.
-    decode_slots: int = 3
-    prefill_slots: int = 3
-    prefill_warpgroups: int = 2  # of 64 query rows each, 1 or 2; two share each copied page
+    # tiles on a core, 192 KiB in flight.
+    slots: int = 3
+    warpgroups: int = 1  # that multiply, of 64 query rows each, 1 or 2; two share each copied page
     programs: int = 264  # up to which the keys are split: two on each of an H100's 132 cores
     tokens_per_split: int = 256  # at least
 
@@ -155,27 +161,37 @@ def attend(
     batch: RaggedBatch,
     options: AttentionOptions,
     *,
-    sizes: MosaicGpuSizes | None = None,
+    decode: MosaicGpuSizes | None = None,
+    prefill: MosaicGpuSizes | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
     Args:
-      sizes: how to cut the work; those tuned for this shape, or the defaults.
+      decode, prefill: how to cut the work of each phase; by default the sizes tuned for this shape, or the defaults.
       interpret: parameters of Mosaic GPU's interpreter, to run without a GPU.
     """
-    num_tokens = q.shape[0]
+    num_tokens, shape = q.shape[0], Shape.of(q, pages, options)
     ratio = q.shape[1] // options.num_kv_heads
-    sizes = sizes or tuned("mosaic_gpu", MosaicGpuSizes(), Shape.of(q, pages, options))
-    call = functools.partial(_attend, q, pages, batch, options, sizes=sizes, interpret=interpret)
-    warpgroups = 1 if ratio <= ROWS else 2
-    out = call(Tiles.of_decode(batch, num_tokens), warpgroups=warpgroups, slots=sizes.decode_slots, name="paged_decode")
+    call = functools.partial(_attend, q, pages, batch, options, interpret=interpret)
+
+    def sizes_of(phase: str, given: MosaicGpuSizes | None) -> MosaicGpuSizes:
+        sizes = given or tuned("mosaic_gpu", phase, default_sizes(q, pages, options, phase), shape)
+        return sizes if ratio <= ROWS else dataclasses.replace(sizes, warpgroups=2)
+
+    sizes = sizes_of("decode", decode)
+    out = call(Tiles.of_decode(batch, num_tokens), sizes, name="paged_decode")
     if batch.decode_only:
         return out
-    warpgroups = max(sizes.prefill_warpgroups, warpgroups)
-    tiles = Tiles.of(batch, num_tokens, warpgroups * ROWS // ratio)
-    others = call(tiles, warpgroups=warpgroups, slots=sizes.prefill_slots, name="paged_prefill")
+    sizes = sizes_of("prefill", prefill)
+    tiles = Tiles.of(batch, num_tokens, sizes.warpgroups * ROWS // ratio)
+    others = call(tiles, sizes, name="paged_prefill")
     return jnp.where((jnp.arange(num_tokens, dtype=jnp.int32) < batch.num_decode)[:, None, None], out, others)
+
+
+def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str) -> MosaicGpuSizes:
+    """Sizes for "decode" or "prefill"."""
+    return MosaicGpuSizes(warpgroups=2 if phase == "prefill" else 1)
 
 
 def _attend(
@@ -184,10 +200,8 @@ def _attend(
     batch: RaggedBatch,
     options: AttentionOptions,
     tiles: Tiles,
-    *,
     sizes: MosaicGpuSizes,
-    warpgroups: int,
-    slots: int,
+    *,
     name: str,
     interpret: Any,
 ) -> jax.Array:
@@ -195,7 +209,7 @@ def _attend(
     num_heads, head_size = q.shape[1:]
     num_kv_heads, page_size, num_tiles = options.num_kv_heads, pages.shape[1], tiles.rows.shape[0]
     ratio = num_heads // num_kv_heads
-    live_rows = tiles.size * ratio
+    warpgroups, live_rows = sizes.warpgroups, tiles.size * ratio
     most_splits = -(-batch.block_tables.shape[1] * page_size // sizes.tokens_per_split)
     fits = (SHARED_BYTES - warpgroups * ROWS * head_size * 2) // (sizes.block * head_size * 4)
     spec = _Spec(
@@ -204,7 +218,7 @@ def _attend(
         head_size=head_size,
         page_size=page_size,
         block=sizes.block,
-        slots=max(min(slots, fits), 1),
+        slots=max(min(sizes.slots, fits), 1),
         splits=max(min(sizes.programs // (num_tiles * num_kv_heads), most_splits), 1),
         least_blocks=-(-sizes.tokens_per_split // sizes.block),
         warpgroups=warpgroups,
@@ -269,11 +283,11 @@ def _kernel(
     span = spec.span(position, counts[tile], split)
 
     @pl.when(warpgroup == spec.warpgroups)
-    def _() -> None:
+    def copy() -> None:
         _copy(pages, tables, rows[tile], head, span, shared, spec)
 
     @pl.when(warpgroup < spec.warpgroups)
-    def _() -> None:
+    def multiply() -> None:
         if spec.warpgroups > 1:
             plgpu.set_max_registers(PRODUCT_REGISTERS, action="increase")
         own = pl.ds(0, spec.rows) if spec.warpgroups == 1 else pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
@@ -293,7 +307,7 @@ def _copy(pages: Any, tables: Any, row: Any, head: Any, span: _Span, shared: _Sh
         slot = lax.rem(index, jnp.int32(spec.slots))
 
         @pl.when(index >= spec.slots)
-        def _() -> None:
+        def wait_for_slot() -> None:
             plgpu.barrier_wait(shared.free.at[slot])
 
         begin = (span.begin + index) * spec.block
@@ -311,11 +325,11 @@ def _copy(pages: Any, tables: Any, row: Any, head: Any, span: _Span, shared: _Sh
         full = begin + spec.block <= span.stop
 
         @pl.when(full)
-        def _() -> None:
+        def copy_values() -> None:
             start(spec.options.num_kv_heads + head, shared.values, shared.values_there.at[slot])
 
         @pl.when(jnp.logical_not(full))
-        def _() -> None:
+        def copy_and_clean_values() -> None:
             start(spec.options.num_kv_heads + head, shared.values, shared.tail_there.at[0])
             plgpu.barrier_wait(shared.tail_there.at[0])
             _clean(shared.values.at[slot], span.stop - begin, spec)
@@ -420,14 +434,14 @@ def _scores(queries: Any, keys: Any, spec: _Spec) -> Any:
         plgpu.wgmma(acc, queries, keys.transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, spec.block), jnp.float32))
+    return pl.run_scoped(product, ACC((ROWS, spec.block), jnp.float32))
 
 
 def _add_product(acc: Any, weights: Any, values: Any, spec: _Spec) -> Any:
     """acc [64, H] plus weights [64, block] times values [block, H]."""
     if spec.interpret:
         return acc + jnp.dot(weights.astype(jnp.float32), values[...].astype(jnp.float32))
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(ACC.init(acc))
 
 
 def _iota(shape: tuple[int, ...], dimension: int, spec: _Spec) -> Any:

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.splits import join_splits
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
 from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
 
@@ -158,15 +159,7 @@ def _attend(
         interpret=interpret,
         name=name,
     )(q, pages, batch.block_tables, tiles.rows, tiles.counts, tiles.positions, tiles.tokens[:, 0])
-    return _join(out, lse).astype(q.dtype).at[tiles.places].get(mode="fill", fill_value=0)
-
-
-def _join(out: jax.Array, lse: jax.Array) -> jax.Array:
-    """The splits' outputs weighed by their parts of the softmax's sum; `lse` is base 2."""
-    if len(out) == 1:
-        return out[0]
-    weights = jnp.exp2(lse - lse.max(axis=0))
-    return jnp.sum(weights[..., None] * out, axis=0) / weights.sum(axis=0)[..., None]
+    return join_splits(out, lse).astype(q.dtype).at[tiles.places].get(mode="fill", fill_value=0)
 
 
 def _kernel(
