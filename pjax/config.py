@@ -32,6 +32,8 @@ class EngineConfig:
     """On a CPU, whose memory others use too, a fifth of this."""
     num_pages: int | None = None
     """Pages of the pool, instead of its bytes."""
+    enable_prefix_caching: bool = True
+    """Full pages are kept when their request ends, until the pool needs them, and found again by prompts that begin alike."""
     seed: int = 0
     """Requests without a seed of their own take one from this and their number."""
     layer_mode: str = "auto"
@@ -48,7 +50,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
-        for name, kinds in (("lazy", bool), ("page_size", int), ("memory_share", int | float), ("compilation_cache_dir", str | None)):
+        for name, kinds in (
+            ("lazy", bool),
+            ("enable_prefix_caching", bool),
+            ("page_size", int),
+            ("memory_share", int | float),
+            ("compilation_cache_dir", str | None),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise ConfigError(f"{name} is {value!r}, but must be {getattr(kinds, '__name__', kinds)}")

@@ -75,7 +75,7 @@ class LLMEngine:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
         }
-        self.scheduler = Scheduler(**limits)
+        self.scheduler = Scheduler(**limits, enable_prefix_caching=config.enable_prefix_caching)
         self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
         self._sequences: dict[str, _Sequence] = {}
         self._names = itertools.count()
@@ -112,8 +112,18 @@ class LLMEngine:
 
     # ---- requests
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> str:
         """Queues a prompt (text or token ids) and returns its id.
+
+        Its cached pages are shared only with requests of the same `cache_salt`: whoever can't guess another's salt can't learn
+        from the time to the first token what the other asked.
 
         Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
         """
@@ -128,6 +138,8 @@ class LLMEngine:
         self._check_ids(params.stop_token_ids or (), "stop_token_ids", request_id)
         if params.logprobs is not None and params.logprobs > self.model_config.vocab_size:
             raise InvalidRequestError(f"logprobs is {params.logprobs}, but the vocabulary has {self.model_config.vocab_size} tokens")
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a non-empty string (request {request_id!r})")
         room = max(self.max_model_len - len(ids), 0)
         request = Request(
             request_id=request_id,
@@ -138,6 +150,7 @@ class LLMEngine:
             eos_token_ids=frozenset() if params.ignore_eos else self._eos,
             seed=0,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
+            cache_salt=cache_salt,
         )
         detokenizer = Detokenizer(self.tokenizer, ids, params) if self.tokenizer and params.detokenize else None
         self.scheduler.add(request)
@@ -202,8 +215,8 @@ class LLMEngine:
         try:
             result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
         except BaseException:  # Ctrl-C too: nothing is lost but time
-            if self.runner.restore_pages():
-                self.scheduler.preempt_all()
+            self.runner.restore_pages()
+            self.scheduler.preempt_all()
             raise
         now = time.monotonic()
         changed = self.scheduler.commit(plan, result.tokens, now)
@@ -261,6 +274,7 @@ class LLMEngine:
             prompt_token_ids=list(request.prompt_token_ids),
             outputs=[completion],
             finished=request.finish_reason is not None,
+            num_cached_tokens=request.num_cached_tokens,
             metrics=replace(request.metrics),
         )
 

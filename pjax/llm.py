@@ -61,7 +61,7 @@ class LLM:
 
         Args:
           prompts: text, a list of texts, a list of token ids, or a list of such lists; instead of a text or a list of ids also
-            vLLM's {"prompt": text} and {"prompt_token_ids": ids}, and arrays instead of lists of ids.
+            vLLM's {"prompt": text} and {"prompt_token_ids": ids}, with a "cache_salt" if wanted, and arrays instead of lists of ids.
           sampling_params: one for all, or one each.
 
         Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
@@ -80,7 +80,8 @@ class LLM:
         ids: list[str] = []
         try:
             for prompt, one in zip(listed, params, strict=True):
-                ids.append(self.engine.add_request(prompt, one))
+                prompt, cache_salt = _salted(prompt)
+                ids.append(self.engine.add_request(prompt, one, cache_salt=cache_salt))
             if self.engine.config.lazy:
                 self.engine.prefetch()
         except BaseException:
@@ -140,7 +141,7 @@ def _as_conversations(messages: Any) -> list[Any]:
 
 def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
-        return [_plain(prompts)]
+        return [prompts]
     if hasattr(prompts, "__array__"):
         prompts = np.asarray(prompts)
         if prompts.ndim not in (1, 2) or prompts.dtype.kind not in "iu":
@@ -150,13 +151,15 @@ def _as_list(prompts: Any) -> list[Any]:
         raise InvalidRequestError(f"prompts is {type(prompts).__name__}, but must be text, token ids, or a list of either")
     if prompts and isinstance(prompts[0], int | float | np.number):
         return [prompts]  # token ids of one prompt
-    return [_plain(prompt) for prompt in prompts]
+    return list(prompts)
 
 
-def _plain(prompt: Any) -> Any:
-    """vLLM's dictionaries of one prompt; anything else is left to the engine's checks."""
+def _salted(prompt: Any) -> tuple[Any, Any]:
+    """Prompt and cache salt of vLLM's dictionaries; anything else is left to the engine's checks."""
     if not isinstance(prompt, Mapping):
-        return prompt
-    if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
-        raise InvalidRequestError(f"prompt has keys {sorted(map(str, prompt))}, but must have one: prompt or prompt_token_ids")
-    return next(iter(prompt.values()))
+        return prompt, None
+    named = set(prompt) - {"cache_salt"}
+    if named not in ({"prompt"}, {"prompt_token_ids"}):
+        keys = sorted(map(str, prompt))
+        raise InvalidRequestError(f"prompt has keys {keys}, but must have one of prompt and prompt_token_ids, and may have cache_salt")
+    return prompt[named.pop()], prompt.get("cache_salt")

@@ -55,4 +55,6 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int | None = None
+    """Prompt tokens whose keys and values were in the page pool already; None before it first ran."""
     metrics: RequestMetrics = field(repr=False, default_factory=lambda: RequestMetrics(0.0))

@@ -54,6 +54,12 @@ def parse() -> argparse.Namespace:
     model.add_argument("--max-num-batched-tokens", type=int, metavar="N", default=512, help="most tokens in a step (default: %(default)s)")
     model.add_argument("--page-size", type=int, metavar="N", default=16, help="tokens of a page of the KV cache (default: %(default)s)")
     model.add_argument("--kv-cache-memory", type=memory, metavar="SIZE", help="memory of the page pool, such as 500M (default: what fits)")
+    model.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prompts that begin alike share the pages of their beginning (default: yes)",
+    )
     model.add_argument("--layer-mode", default="auto", choices=("auto", "unroll", "scan", "loop"), help="how the layers run")
 
     sampling = parser.add_argument_group("sampling")
@@ -118,6 +124,7 @@ def make_engine(args: argparse.Namespace, num_prompts: int) -> LLMEngine:
         page_size=args.page_size,
         kv_cache_memory=args.kv_cache_memory,
         layer_mode=args.layer_mode,
+        enable_prefix_caching=args.enable_prefix_caching,
         lazy=True,
     )
     return LLMEngine(demo_model() if args.model is None else args.model, config, progress=sys.stderr.isatty())
@@ -209,10 +216,11 @@ def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
     firsts = [output.metrics.first_token_time or 0.0 for output in outputs]
     first, last = min(firsts), max(output.metrics.finished_time or 0.0 for output in outputs)
     num_in = sum(len(output.prompt_token_ids) for output in outputs)
+    num_cached = sum(output.num_cached_tokens or 0 for output in outputs)
     num_out = sum(len(output.outputs[0].token_ids) for output in outputs)
     later = num_out - sum(1 for time_of_first in firsts if time_of_first == first)
     lines = [
-        f"prompts          {len(outputs)} ({num_in} tokens in, {num_out} out)",
+        f"prompts          {len(outputs)} ({num_in} tokens in, {num_cached} of them cached, {num_out} out)",
         f"first token      {first + to_wall - psutil.Process().create_time():.2f} s after the process began",
         f"generation       {last - first:.2f} s after the first token, {later / max(last - first, 1e-9):.1f} tokens/s",
         f"compiled steps   {compilations}",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pjax.scheduler.page_pool import PagePool
+from pjax.scheduler.prefix import page_keys
 from pjax.scheduler.request import Request
 from pjax.scheduler.table import SequenceTable
 
@@ -13,11 +14,13 @@ from pjax.scheduler.table import SequenceTable
 class KVManager:
     """Position `i` of a request is slot `i % page_size` of page `block_tables[row, i // page_size]`."""
 
-    def __init__(self, pool: PagePool, table: SequenceTable, page_size: int) -> None:
+    def __init__(self, pool: PagePool, table: SequenceTable, page_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.pool = pool
+        self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
         self._table = table
         self._pages: dict[Request, list[int]] = {}
+        self._num_remembered: dict[Request, int] = {}  # its first pages that are found again, or whose equals are
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take."""
@@ -41,9 +44,53 @@ class KVManager:
         self._table.block_tables[request.row, len(pages) : len(pages) + missing] = new
         pages.extend(new)
 
+    def find_cached(self, request: Request) -> list[int]:
+        """Pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
+
+        Whole pages only: where the last page is cached too, it is computed again into a page of the request's own.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        found = []
+        limit = (request.num_tokens - 1) // self.page_size
+        for key in page_keys(request, self.page_size, limit)[:limit]:
+            page_id = self.pool.find(key)
+            if page_id is None:
+                break
+            found.append(page_id)
+        return found
+
+    def can_start(self, cached: list[int], num_tokens: int) -> bool:
+        """Whether `start` with these cached pages and then `extend` to `num_tokens` would succeed."""
+        kept = sum(self.pool.num_owners(page_id) == 0 for page_id in cached)
+        return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(cached) + kept)
+
+    def start(self, request: Request, cached: list[int]) -> None:
+        """Gives a running request its cached pages; their tokens are computed."""
+        self.pool.reuse(cached)
+        self._pages[request] = list(cached)
+        self._num_remembered[request] = len(cached)
+        self._table.block_tables[request.row, : len(cached)] = cached
+        request.num_computed = len(cached) * self.page_size
+
+    def remember(self, request: Request, num_tokens: int) -> None:
+        """Lets others find the full pages of positions `[0, num_tokens)`, which the coming step has computed.
+
+        A row of the same step may read them: each layer writes the keys and values of all rows before any row attends.
+        """
+        count = num_tokens // self.page_size
+        known = self._num_remembered[request]
+        if count <= known or not self.enable_prefix_caching:
+            return
+        keys, pages = page_keys(request, self.page_size, count), self._pages[request]
+        for index in range(known, count):
+            self.pool.remember(pages[index], keys[index])
+        self._num_remembered[request] = count
+
     def release(self, request: Request) -> None:
-        """Frees all its pages, last one first, so that its first pages are reused first."""
+        """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""
         self.pool.free(reversed(self._pages.pop(request, [])))
+        self._num_remembered.pop(request, None)
 
     def check(self, running: Iterable[Request]) -> None:
         """Proves that every used page is in exactly as many block tables as it has owners."""

@@ -30,6 +30,8 @@ class Request:
     """Empty when end-of-sequence is ignored."""
     seed: int
     metrics: RequestMetrics
+    cache_salt: str | None = None
+    """Its pages are shared only with requests of the same salt."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the pages: `[0, num_computed)` of `[0, num_tokens)`."""
@@ -38,6 +40,10 @@ class Request:
     order: int = -1
     """Place in the order of arrival; never changes."""
     status: RequestStatus = RequestStatus.WAITING
+    page_keys: list[bytes] = field(default_factory=list)
+    """Of its first full pages, as far as they were needed."""
+    num_cached_tokens: int | None = None
+    """Tokens that were in the pages already when it first ran; None before."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -45,3 +51,10 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """Tokens `[start, end)` of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[max(start - num_prompt, 0) : end - num_prompt]

@@ -3,7 +3,8 @@
 Each sequence has `num_computed` tokens in the pages and catches up with its `num_tokens`; every step gives it
 `min(budget, num_tokens - num_computed)`. That one rule carries chunked prefill, decode, and recomputation after a
 preemption. Order within a step: rows that need one token, then the rest of the running ones, then waiting ones, each
-first come, first served. When pages run out the youngest running request is preempted. The oldest one is never
+first come, first served. A waiting one begins behind the full pages that are cached, also those that an older row computes
+in this very step. When pages run out the youngest running request is preempted. The oldest one is never
 preempted for another, and fits the pool alone, so everything that is admitted ends.
 """
 
@@ -26,7 +27,16 @@ from pjax.scheduler.table import SequenceTable
 class Scheduler:
     """Decides every step's rows and owns the page pool's bookkeeping."""
 
-    def __init__(self, *, num_pages: int, page_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         for name, value in (
             ("num_pages", num_pages),
             ("page_size", page_size),
@@ -41,7 +51,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pool = PagePool(num_pages)
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
-        self.kv = KVManager(self.pool, self.table, page_size)
+        self.kv = KVManager(self.pool, self.table, page_size, enable_prefix_caching=enable_prefix_caching)
         self._waiting: deque[Request] = deque()  # in the order of arrival
         self._running: list[Request] = []  # in the order of arrival
         self._requests: dict[str, Request] = {}  # unfinished
@@ -139,6 +149,8 @@ class Scheduler:
                 self.kv.extend(request, request.num_computed + count)
                 given[request] = count
                 budget -= count
+        for request, count in given.items():
+            self.kv.remember(request, request.num_computed + count)
         if not preempted:
             self._admit(given, budget, time.monotonic() if now is None else now)
         return self._plan(given) if given else None
@@ -149,7 +161,8 @@ class Scheduler:
             # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted. Where budget
             # is left every running row has its pages already.
             most = min(request.num_tokens + 1, self.max_model_len)
-            if not self.pool.can_allocate(self.kv.num_pages_for(most)) and self._running:
+            cached = self.kv.find_cached(request)
+            if not self.kv.can_start(cached, most) and self._running:
                 break
             self._waiting.popleft()
             request.row = self.table.allocate_row()
@@ -160,8 +173,12 @@ class Scheduler:
             num_prompt = len(request.prompt_token_ids)
             self.table.tokens[request.row, :num_prompt] = request.prompt_token_ids
             self.table.tokens[request.row, num_prompt : request.num_tokens] = request.output_token_ids
-            count = min(budget, request.num_tokens)
-            self.kv.extend(request, count)
+            self.kv.start(request, cached)
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_computed
+            count = min(budget, request.num_tokens - request.num_computed)
+            self.kv.extend(request, request.num_computed + count)
+            self.kv.remember(request, request.num_computed + count)
             given[request] = count
             budget -= count
 
@@ -174,9 +191,10 @@ class Scheduler:
         self._waiting.appendleft(request)
 
     def preempt_all(self) -> None:
-        """Every running request waits and will be computed again: the device has lost its pages."""
+        """Every running request waits and will be computed again: the step failed, and the device may have lost its pages."""
         for request in reversed(list(self._running)):
             self._preempt(request)
+        self.pool.forget()
 
     def _plan(self, given: dict[Request, int]) -> StepPlan:
         requests = sorted(given, key=lambda request: (given[request] > 1, request.order))

@@ -340,6 +340,37 @@ def test_prompts_as_vllm_and_numpy_give_them(llm: LLM) -> None:
             llm.chat(bad, use_tqdm=False)
 
 
+def test_a_cached_prefix_changes_no_token(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    shared = rng.integers(0, VOCAB, 40).tolist()
+    prompts = [shared + rng.integers(0, VOCAB, n).tolist() for n in (0, 1, 8, 9, 20)] + [shared[:32], shared[:33]]
+    plain = LLM(folder, **OPTIONS, enable_prefix_caching=False).generate(prompts, greedy(), use_tqdm=False)
+    llm = LLM(folder, **OPTIONS)
+    for cached in ([0, 32, 32, 32, 32, 16, 32], [32, 32, 48, 48, 48, 16, 32]):
+        outputs = llm.generate(prompts, greedy(), use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+        assert all(o.num_cached_tokens <= most for o, most in zip(outputs, cached, strict=True))
+        llm.engine.scheduler.check()
+    assert sum(o.num_cached_tokens for o in outputs) > 0
+    assert all(o.num_cached_tokens == 0 for o in plain)
+
+
+def test_cache_salts_as_vllm_gives_them(folder: Path) -> None:
+    llm = LLM(folder, **OPTIONS)
+    prompt = list(range(33))
+
+    def cached(salt: str | None) -> int:
+        given = {"prompt_token_ids": prompt} | ({} if salt is None else {"cache_salt": salt})
+        return llm.generate(given, greedy(1), use_tqdm=False)[0].num_cached_tokens
+
+    assert [cached(salt) for salt in ("a", "b", None, "a", None)] == [0, 0, 0, 32, 32]
+    for bad in ("", 5):
+        with pytest.raises(InvalidRequestError, match=f"cache_salt is {bad!r}, but must be a non-empty string"):
+            llm.generate({"prompt": "x", "cache_salt": bad}, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=r"prompt has keys \['cache_salt'\]"):
+        llm.generate({"cache_salt": "a"}, use_tqdm=False)
+
+
 def test_generate_leaves_foreign_requests_alone(llm: LLM) -> None:
     llm.engine.add_request("foreign", greedy(), "0")
     with pytest.raises(InvalidRequestError, match="unfinished requests of add_request"):

@@ -21,7 +21,7 @@ Row = tuple[str, int, int, bool]  # request, start, count, whether it samples
 
 
 def make_scheduler(*requests: Request, **changes: int) -> Scheduler:
-    scheduler = Scheduler(**(SIZES | changes))
+    scheduler = Scheduler(**(SIZES | changes), enable_prefix_caching=False)  # tests/scheduler/test_prefix_caching.py has it on
     for request in requests:
         scheduler.add(request)
     return scheduler

@@ -36,7 +36,7 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     assert [record["prompt"] for record in records] == ["one", "two", "three"]
     assert all(len(record["token_ids"]) == 6 and record["finish_reason"] == "length" for record in records)
     assert [record["num_prompt_tokens"] for record in records] == [3, 3, 5]
-    assert "prompts          3 (11 tokens in, 18 out)" in result.stderr
+    assert "prompts          3 (11 tokens in, 0 of them cached, 18 out)" in result.stderr
     assert "first token" in result.stderr
     piped = generate(*common, cache=tmp_path, stdin="one\n")
     assert piped.stdout == records[0]["text"] + "\n"
