@@ -50,12 +50,12 @@ def main() -> None:
         times.append(time.perf_counter())
         if plan is None:
             break
-        for request in plan.requests:
+        for request in plan.sampled:
             sampling.set(request.row, request, request.params, request.seed)
         bucket = find_bucket(buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
         pack(plan, scheduler.table.tokens, scheduler.table.block_tables, sampling, bucket)
         times.append(time.perf_counter())
-        scheduler.commit(plan, rng.integers(1, 30000, len(plan.rows)), 0.0)
+        scheduler.commit(plan, rng.integers(1, 30000, len(plan.sampled)), 0.0)
         times.append(time.perf_counter())
         if len(plan.rows) == count:
             kind = "decode" if bucket.decode_only else "mixed"

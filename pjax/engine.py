@@ -21,7 +21,7 @@ from pjax.errors import ConfigError, InvalidRequestError
 from pjax.memory import choose_num_pages, describe_pool
 from pjax.models import open_model
 from pjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from pjax.params import SamplingParams
+from pjax.params import MAX_SEED, SamplingParams
 from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
 from pjax.scheduler import Request, Scheduler
 from pjax.text.detokenizer import Detokenizer
@@ -35,14 +35,21 @@ Prompt = str | Sequence[int]
 
 @dataclass(eq=False, slots=True)
 class _Sequence:
-    """A request as its caller sees it: its text and log-probabilities so far."""
+    """One sequence as its caller sees it: its text and log-probabilities so far."""
 
     request: Request
-    prompt: str | None
     detokenizer: Detokenizer | None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     text: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The sequences of one prompt."""
+
+    prompt: str | None
+    sequences: list[_Sequence]
 
 
 class LLMEngine:
@@ -77,7 +84,7 @@ class LLMEngine:
         }
         self.scheduler = Scheduler(**limits, enable_prefix_caching=config.enable_prefix_caching)
         self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
-        self._sequences: dict[str, _Sequence] = {}
+        self._groups: dict[str, _Group] = {}
         self._names = itertools.count()
         self._numbers = itertools.count()
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
@@ -96,7 +103,7 @@ class LLMEngine:
         """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""
         lengths = self.scheduler.waiting_lengths()
         budget, total = self.config.max_num_batched_tokens, sum(lengths)
-        rows = min(len(lengths), self.config.max_num_seqs)
+        rows = min(self.scheduler.num_waiting_sequences, self.config.max_num_seqs)
         chunks = {budget, total % budget} if total > budget else {total}
         if any(length > 1 for length in lengths):
             for chunk in sorted(chunks - {0}):
@@ -141,26 +148,35 @@ class LLMEngine:
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a non-empty string (request {request_id!r})")
         room = max(self.max_model_len - len(ids), 0)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=ids,
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, max(room, 1)),
-            stop_token_ids=frozenset(params.stop_token_ids or ()),
-            eos_token_ids=frozenset() if params.ignore_eos else self._eos,
-            seed=0,
-            metrics=RequestMetrics(arrival_time=time.monotonic()),
-            cache_salt=cache_salt,
-        )
-        detokenizer = Detokenizer(self.tokenizer, ids, params) if self.tokenizer and params.detokenize else None
-        self.scheduler.add(request)
-        self._sequences[request_id] = _Sequence(request, text, detokenizer)
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        requests = [
+            Request(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=ids,
+                params=params,
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, max(room, 1)),
+                stop_token_ids=frozenset(params.stop_token_ids or ()),
+                eos_token_ids=frozenset() if params.ignore_eos else self._eos,
+                seed=0,
+                metrics=metrics,
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+        self.scheduler.add(*requests)
+        self._groups[request_id] = _Group(text, [_Sequence(request, self._detokenizer(ids, params)) for request in requests])
         # Only an accepted request takes a number: a refused one must not change the others' draws.
-        request.seed = self._next_seed() if params.seed is None else params.seed
+        seed = self._next_seed() if params.seed is None else params.seed
+        for request in requests:
+            request.seed = (seed + request.index) & MAX_SEED
         return request_id
 
+    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        return Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer and params.detokenize else None
+
     def _free_id(self) -> str:
-        return next(name for name in map(str, self._names) if name not in self._sequences)
+        return next(name for name in map(str, self._names) if name not in self._groups)
 
     def _next_seed(self) -> int:
         """Of a request without one: from the engine's seed and how many came before, and no small number that a user might give."""
@@ -196,7 +212,7 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> bool:
         """Ends a request and frees its pages; False when there is none of that id."""
-        self._sequences.pop(request_id, None)
+        self._groups.pop(request_id, None)
         return self.scheduler.abort(request_id)
 
     @property
@@ -219,12 +235,15 @@ class LLMEngine:
             self.scheduler.preempt_all()
             raise
         now = time.monotonic()
-        changed = self.scheduler.commit(plan, result.tokens, now)
-        places = {id(request): index for index, request in enumerate(plan.requests)}
-        return [self._observe(request, result, places[id(request)], now) for request in changed]
+        places = {id(request): index for index, request in enumerate(plan.sampled)}
+        changed: dict[str, None] = {}  # in the order of the plan
+        for request in self.scheduler.commit(plan, result.tokens, now):
+            self._observe(request, result, places[id(request)], now)
+            changed[request.request_id] = None
+        return [self._output(request_id) for request_id in changed]
 
-    def _observe(self, request: Request, result: StepResult, index: int, now: float) -> RequestOutput:
-        sequence = self._sequences[request.request_id]
+    def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
+        sequence = self._groups[request.request_id].sequences[request.index]
         if request.params.logprobs is not None:
             self._add_logprobs(sequence, result, index, request.params.logprobs)
         if sequence.detokenizer is not None:
@@ -241,8 +260,6 @@ class LLMEngine:
                 sequence.text += sequence.detokenizer.finish()
         if request.finish_reason is not None:
             request.metrics.finished_time = now
-            del self._sequences[request.request_id]
-        return self._output(sequence)
 
     def _add_logprobs(self, sequence: _Sequence, result: StepResult, index: int, count: int) -> None:
         token = int(result.tokens[index])
@@ -256,26 +273,21 @@ class LLMEngine:
         )
         sequence.cumulative_logprob += entries[token][0]
 
-    def _output(self, sequence: _Sequence) -> RequestOutput:
-        request = sequence.request
-        wants_logprobs = request.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=sequence.text,
-            token_ids=list(request.output_token_ids),
-            cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
-            logprobs=list(sequence.logprobs) if wants_logprobs else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-        )
+    def _output(self, request_id: str) -> RequestOutput:
+        """A request as it is; forgotten when all its sequences have ended."""
+        group = self._groups[request_id]
+        first = group.sequences[0].request
+        finished = all(sequence.request.finish_reason is not None for sequence in group.sequences)
+        if finished:
+            del self._groups[request_id]
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=sequence.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[completion],
-            finished=request.finish_reason is not None,
-            num_cached_tokens=request.num_cached_tokens,
-            metrics=replace(request.metrics),
+            request_id=request_id,
+            prompt=group.prompt,
+            prompt_token_ids=list(first.prompt_token_ids),
+            outputs=[_completion(sequence) for sequence in group.sequences],
+            finished=finished,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
         )
 
     def close(self) -> None:
@@ -286,3 +298,17 @@ class LLMEngine:
 
 def _resolve_dtype(dtype: str, platform: str) -> str:
     return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype
+
+
+def _completion(sequence: _Sequence) -> CompletionOutput:
+    request = sequence.request
+    wants_logprobs = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=sequence.text,
+        token_ids=list(request.output_token_ids),
+        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+        logprobs=list(sequence.logprobs) if wants_logprobs else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )

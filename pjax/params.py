@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pjax.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20  # as OpenAI's and vLLM's default bound
+MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**63 - 1
 
@@ -42,6 +43,8 @@ class SamplingParams:
     Raises InvalidRequestError when a value is out of its bounds, and TypeError for a name that pjax does not apply.
     """
 
+    n: int = 1
+    """Sequences to generate; the prompt is computed once and its pages are shared. Sample i draws with `seed + i`."""
     max_tokens: int | None = 16
     """Most tokens to generate; None means up to the model's length."""
     temperature: float = 1.0
@@ -65,7 +68,7 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs"):
+        for name in ("n", "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
@@ -90,10 +93,14 @@ class SamplingParams:
                 raise _bad(item.name, getattr(self, item.name), "True or False")
 
     def _check_numbers(self) -> None:
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_N:
+            raise _bad("n", self.n, f"an integer in [1, {MAX_N}]")
         if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
             raise _bad("max_tokens", self.max_tokens, "an integer >= 1")
         if not _is_number(self.temperature) or self.temperature < 0:
             raise _bad("temperature", self.temperature, "a finite number >= 0")
+        if self.n > 1 and self.temperature == 0:
+            raise InvalidRequestError(f"n is {self.n}, but must be 1 at temperature 0, where all samples are the same")
         if not _is_int(self.top_k) or self.top_k < -1:
             raise _bad("top_k", self.top_k, "an integer >= 1, or 0 or -1 for all")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:

@@ -53,9 +53,11 @@ class StepInput:
 
     token_ids: jax.Array  # int32 [T]
     batch: RaggedBatch
-    sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; sampling rows first
+    sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; two samples may share one
     sample_positions: jax.Array  # int32 [S]: position of the token to be sampled
     num_samples: jax.Array  # int32 []
+    copies: jax.Array  # int32 [S, 2]: pages to copy before anything is written, from and to
+    num_copies: jax.Array  # int32 []
     sampling: SamplingArrays  # in the order of sample_tokens
 
 
@@ -96,8 +98,8 @@ class SamplingTable:
         return SamplingArrays(*fields, take(self.num_logprobs, -1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
 
 
-def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> tuple[StepInput, Ints]:
-    """The plan as a bucket's arrays, and the plan index of each sampled row, in the order of the samples.
+def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> StepInput:
+    """The plan as a bucket's arrays; samples and copies in the plan's order.
 
     Decode rows are sorted by length, longest first: rows that the CPU's attention serves together then end together.
 
@@ -107,7 +109,7 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     """
     order = np.arange(len(plan.rows))
     order[: plan.num_decode] = np.argsort(-plan.starts[: plan.num_decode], kind="stable")
-    rows, starts, counts, samples = plan.rows[order], plan.starts[order], plan.counts[order], plan.samples[order]
+    rows, starts, counts = plan.rows[order], plan.starts[order], plan.counts[order]
     num_rows, num_tokens = len(rows), int(counts.sum())
 
     row_starts = np.full(bucket.num_rows + 1, num_tokens, np.int32)
@@ -123,18 +125,24 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     positions = np.arange(num_tokens, dtype=np.int32) - row_starts[of_row] + starts[of_row]
     token_ids[:num_tokens] = tokens[rows[of_row], positions]
 
-    sampled = np.flatnonzero(samples)
+    num_samples = len(plan.sampled)
+    place = np.empty(num_rows, np.int32)
+    place[order] = np.arange(num_rows, dtype=np.int32)
+    sources = place[plan.sample_sources]
     sample_tokens = np.zeros(bucket.num_rows, np.int32)
-    sample_tokens[: len(sampled)] = row_starts[sampled + 1] - 1
+    sample_tokens[:num_samples] = row_starts[sources + 1] - 1
     sample_positions = np.zeros(bucket.num_rows, np.int32)
-    sample_positions[: len(sampled)] = kv_lens[sampled]
+    sample_positions[:num_samples] = kv_lens[sources]
+    copies = np.zeros((bucket.num_rows, 2), np.int32)
+    copies[: len(plan.copies)] = plan.copies
     batch = RaggedBatch(row_starts, kv_lens, tables, np.int32(plan.num_decode), decode_only=bucket.decode_only)  # type: ignore[arg-type]
-    packed = StepInput(
+    return StepInput(
         token_ids,  # type: ignore[arg-type]
         batch,
         sample_tokens,  # type: ignore[arg-type]
         sample_positions,  # type: ignore[arg-type]
-        np.int32(len(sampled)),  # type: ignore[arg-type]
-        sampling.gather(rows[sampled], bucket.num_rows),
+        np.int32(num_samples),  # type: ignore[arg-type]
+        copies,  # type: ignore[arg-type]
+        np.int32(len(plan.copies)),  # type: ignore[arg-type]
+        sampling.gather(plan.sample_rows, bucket.num_rows),
     )
-    return packed, order[sampled].astype(np.int32)

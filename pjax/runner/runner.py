@@ -43,7 +43,7 @@ class RunnerConfig:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """On the host, by plan row: token (-1 where the row sampled none) and, if any row asked, its log-probabilities."""
+    """On the host, by `plan.sampled`: its token and, if any of them asked, its log-probabilities."""
 
     tokens: Ints
     logprobs: npt.NDArray[np.float32]
@@ -88,13 +88,14 @@ class ModelRunner:
         Args:
           tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables.
         """
-        for request in plan.requests:
+        for request in plan.sampled:
             self._sampling.set(request.row, request, request.params, request.seed)
-        bucket = find_bucket(self.buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
-        inputs, order = pack(plan, tokens, block_tables, self._sampling, bucket)
+        num_rows = max(len(plan.rows), len(plan.sampled))
+        bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows))
+        inputs = pack(plan, tokens, block_tables, self._sampling, bucket)
         step = self._compiled_step(bucket)
         self._pages, sampled = step(self._params, self._pages, inputs)
-        return self._to_host(sampled, order, len(plan.rows))
+        return self._to_host(sampled, len(plan.sampled))
 
     def restore_pages(self) -> bool:
         """Makes a new pool if an exception came between giving the old one away and getting it back; True if it did.
@@ -106,17 +107,10 @@ class ModelRunner:
         self._pages = jnp.zeros(self._pool_shape, self.config.kv_cache_dtype)
         return True
 
-    def _to_host(self, sampled: Sampled, order: Ints, num_rows: int) -> StepResult:
+    def _to_host(self, sampled: Sampled, count: int) -> StepResult:
         host = jax.device_get(sampled)
-        count = len(order)
-
-        def place(array: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
-            out = np.full((num_rows, *array.shape[1:]), fill, array.dtype)
-            out[order] = array[:count]
-            return out
-
         return StepResult(
-            place(host.tokens, -1), place(host.logprobs, 0), place(host.ranks, 0), place(host.top_tokens, 0), place(host.top_logprobs, 0)
+            host.tokens[:count], host.logprobs[:count], host.ranks[:count], host.top_tokens[:count], host.top_logprobs[:count]
         )
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
@@ -165,7 +159,7 @@ class ModelRunner:
         batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, width), ints(), decode_only=bucket.decode_only)
         seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
         sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows))
-        return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), sampling)
+        return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), ints(rows, 2), ints(), sampling)
 
     def close(self) -> None:
         """Stops the compiling threads; what they have not begun is dropped."""

@@ -25,12 +25,30 @@ def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None
 
     def step(params: Sequence[jax.Array], pages: jax.Array, inputs: StepInput) -> tuple[jax.Array, Sampled]:
         model = nnx.merge(graph, jax.tree.unflatten(structure, params))
+        pages = copy_pages(pages, inputs.copies, inputs.num_copies, model.config.num_layers)
         context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
         hidden, pages = model(inputs.token_ids, pages, context)
         sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs)
         return pages, sampled
 
     return step
+
+
+def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_layers: int) -> jax.Array:
+    """The pool [L·P, G, 2·K·H] with pages copied over all layers, one after the other; in place when `pages` is donated.
+
+    A loop of as many turns as there are copies: none cost nothing, and there is one page of temporaries, not a pool.
+
+    Args:
+      copies: int32 [S, 2], pages of one layer, from and to; those from `num_copies` on are ignored.
+    """
+
+    def copy(index: jax.Array, pool: jax.Array) -> jax.Array:
+        page = lax.dynamic_slice_in_dim(pool, copies[index, 0], 1, axis=1)
+        return lax.dynamic_update_slice_in_dim(pool, page, copies[index, 1], axis=1)
+
+    by_layer = pages.reshape(num_layers, -1, *pages.shape[1:])
+    return lax.fori_loop(0, num_copies, copy, by_layer).reshape(pages.shape)
 
 
 def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: int) -> Sampled:

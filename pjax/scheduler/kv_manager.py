@@ -19,6 +19,7 @@ class KVManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
         self._table = table
+        self._copies: dict[Request, tuple[int, int]] = {}  # pages that the coming step copies: from, to
         self._pages: dict[Request, list[int]] = {}
         self._num_remembered: dict[Request, int] = {}  # its first pages that are found again, or whose equals are
 
@@ -30,19 +31,55 @@ class KVManager:
         """A request's pages, in the order of its positions."""
         return self._pages.get(request, [])
 
+    def _writes_shared_page(self, request: Request) -> bool:
+        """Whether its next token goes into a page that others own too. Such a page is partly filled: full ones are never written."""
+        index, offset = divmod(request.num_computed, self.page_size)
+        return offset > 0 and self.pool.num_owners(self._pages[request][index]) > 1
+
     def can_extend(self, request: Request, num_tokens: int) -> bool:
         """Whether `extend` would succeed."""
-        return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(self.pages_of(request)))
+        missing = self.num_pages_for(num_tokens) - len(self._pages[request])
+        return self.pool.can_allocate(missing + self._writes_shared_page(request))
 
     def extend(self, request: Request, num_tokens: int) -> None:
-        """Gives a running request the pages of positions `[0, num_tokens)`; MemoryError when there are too few."""
-        pages = self._pages.setdefault(request, [])
+        """Gives a running request the pages of positions `[0, num_tokens)`, those from `num_computed` on for itself alone.
+
+        A page that it would write and shares is replaced, and copied by the coming step (Kwon et al. 2023, section 4.4).
+        MemoryError, and nothing taken, when there are too few.
+        """
+        pages = self._pages[request]
         missing = self.num_pages_for(num_tokens) - len(pages)
-        if missing <= 0:
+        copies = self._writes_shared_page(request)
+        if missing + copies <= 0:
             return
-        new = self.pool.allocate(missing)
-        self._table.block_tables[request.row, len(pages) : len(pages) + missing] = new
+        new = self.pool.allocate(missing + copies)
+        blocks = self._table.block_tables[request.row]
+        if copies:
+            index, target = request.num_computed // self.page_size, new.pop()
+            source, pages[index], blocks[index] = pages[index], target, target
+            self._copies[request] = source, target
+            self.pool.free([source])
+        blocks[len(pages) : len(pages) + missing] = new
         pages.extend(new)
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """The copies that `extend` has promised, in their order, each told once.
+
+        No copy reads what an earlier one has written; one may write what an earlier one has read.
+        """
+        copies = list(self._copies.values())
+        self._copies.clear()
+        return copies
+
+    def fork(self, request: Request, other: Request) -> None:
+        """Gives another running request, which has no pages, all pages of this one and their tokens."""
+        pages = self._pages[request]
+        self.pool.fork(pages)
+        self._pages[other] = list(pages)
+        self._num_remembered[other] = self._num_remembered[request]
+        self._table.block_tables[other.row, : len(pages)] = pages
+        other.num_computed = request.num_computed
+        other.page_keys = list(request.page_keys)
 
     def find_cached(self, request: Request) -> list[int]:
         """Pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
@@ -60,10 +97,10 @@ class KVManager:
             found.append(page_id)
         return found
 
-    def can_start(self, cached: list[int], num_tokens: int) -> bool:
-        """Whether `start` with these cached pages and then `extend` to `num_tokens` would succeed."""
+    def can_start(self, cached: list[int], num_tokens: int, *, more: int = 0) -> bool:
+        """Whether `start` with these cached pages and then `extend` to `num_tokens` would succeed and leave `more` pages."""
         kept = sum(self.pool.num_owners(page_id) == 0 for page_id in cached)
-        return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(cached) + kept)
+        return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(cached) + kept + more)
 
     def start(self, request: Request, cached: list[int]) -> None:
         """Gives a running request its cached pages; their tokens are computed."""
@@ -91,6 +128,7 @@ class KVManager:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""
         self.pool.free(reversed(self._pages.pop(request, [])))
         self._num_remembered.pop(request, None)
+        self._copies.pop(request, None)
 
     def check(self, running: Iterable[Request]) -> None:
         """Proves that every used page is in exactly as many block tables as it has owners."""

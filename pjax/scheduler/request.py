@@ -10,9 +10,12 @@ from pjax.params import SamplingParams
 
 
 class RequestStatus(Enum):
-    """Waiting has no row and no pages; running has both; finished has neither."""
+    """Waiting has no row and no pages; running has both; following waits for another to compute what it shares, without
+    pages, and with a row if that one runs; finished has neither.
+    """
 
     WAITING = "waiting"
+    FOLLOWING = "following"
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -39,6 +42,10 @@ class Request:
     """Row of the sequence table; -1 when not running."""
     order: int = -1
     """Place in the order of arrival; never changes."""
+    index: int = 0
+    """Which of the sequences of one prompt."""
+    followers: list[Request] = field(default_factory=list)
+    """Others of the same prompt, forked from this one when the prompt is computed; empty from then on."""
     status: RequestStatus = RequestStatus.WAITING
     page_keys: list[bytes] = field(default_factory=list)
     """Of its first full pages, as far as they were needed."""

@@ -6,11 +6,15 @@ preemption. Order within a step: rows that need one token, then the rest of the 
 first come, first served. A waiting one begins behind the full pages that are cached, also those that an older row computes
 in this very step. When pages run out the youngest running request is preempted. The oldest one is never
 preempted for another, and fits the pool alone, so everything that is admitted ends.
+
+Of several sequences of one prompt the first computes it; the others follow, and already have rows. When the prompt is
+computed each of them gets a token of its own and all pages, and from then on is a sequence like any other.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 
@@ -54,7 +58,7 @@ class Scheduler:
         self.kv = KVManager(self.pool, self.table, page_size, enable_prefix_caching=enable_prefix_caching)
         self._waiting: deque[Request] = deque()  # in the order of arrival
         self._running: list[Request] = []  # in the order of arrival
-        self._requests: dict[str, Request] = {}  # unfinished
+        self._requests: dict[str, list[Request]] = {}  # unfinished; sequences of one prompt share an id
         self._num_added = 0
 
     @property
@@ -78,8 +82,31 @@ class Scheduler:
         """Tokens of each waiting request."""
         return [request.num_tokens for request in self._waiting]
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises InvalidRequestError when it can never fit; then nothing has changed."""
+    @property
+    def num_waiting_sequences(self) -> int:
+        """Sequences of the requests that wait."""
+        return sum(1 + len(request.followers) for request in self._waiting)
+
+    def add(self, request: Request, *others: Request) -> None:
+        """Queues a request, and others that continue the same prompt under the same id.
+
+        Raises InvalidRequestError when it can never fit; then nothing has changed.
+        """
+        self._check_fits(request)
+        sequences = [request, *others]
+        self._requests[request.request_id] = list(sequences)
+        for sequence in sequences:
+            sequence.order = self._num_added
+            self._num_added += 1
+        size = len(self.table.tokens)  # more than there are rows: the next ones are led by one of their own
+        for first in range(0, len(sequences), size):
+            leader = sequences[first]
+            leader.followers = sequences[first + 1 : first + size]
+            for follower in leader.followers:
+                follower.status = RequestStatus.FOLLOWING
+            self._waiting.append(leader)
+
+    def _check_fits(self, request: Request) -> None:
         num_prompt, where = len(request.prompt_token_ids), f"(request {request.request_id!r})"
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use by an unfinished request")
@@ -97,33 +124,42 @@ class Scheduler:
                 f"prompt and max_tokens need {needed} pages ({num_prompt} + {request.max_tokens} tokens), "
                 f"but the page pool has {self.pool.num_pages} {where}"
             )
-        request.order = self._num_added
-        self._num_added += 1
-        self._requests[request.request_id] = request
-        self._waiting.append(request)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request with reason "abort" and frees all it has; False when there is none of that id."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return False
-        self.finish(request, "abort")
-        return True
+        """Ends all sequences of a request with reason "abort" and frees all they have; False when there is none of that id."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in reversed(sequences):  # followers before those whom they follow
+            self.finish(sequence, "abort")
+        return bool(sequences)
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """Ends an unfinished request and frees all it has."""
+        """Ends an unfinished sequence and frees all it has."""
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
             self._release(request)
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
+        else:
+            self._leader_of(request).followers.remove(request)
+            self._free_row(request)
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
-        del self._requests[request.request_id]
+        unfinished = self._requests[request.request_id]
+        unfinished.remove(request)
+        if not unfinished:
+            del self._requests[request.request_id]
+
+    def _leader_of(self, follower: Request) -> Request:
+        return next(request for request in self._requests[follower.request_id] if follower in request.followers)
 
     def _release(self, request: Request) -> None:
         self.kv.release(request)
-        self.table.free_row(request.row)
-        request.row = -1
+        for sequence in (request, *request.followers):
+            self._free_row(sequence)
+
+    def _free_row(self, request: Request) -> None:
+        if request.row >= 0:
+            self.table.free_row(request.row)
+            request.row = -1
 
     # ---- a step
 
@@ -156,31 +192,38 @@ class Scheduler:
         return self._plan(given) if given else None
 
     def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:
-        while self._waiting and budget > 0 and self.table.num_free_rows:
+        while self._waiting and budget > 0 and self.table.num_free_rows > len(self._waiting[0].followers):
             request = self._waiting[0]
             # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted. Where budget
             # is left every running row has its pages already.
             most = min(request.num_tokens + 1, self.max_model_len)
             cached = self.kv.find_cached(request)
-            if not self.kv.can_start(cached, most) and self._running:
+            if not self.kv.can_start(cached, most, more=len(request.followers)) and self._running:
                 break
             self._waiting.popleft()
-            request.row = self.table.allocate_row()
-            request.status = RequestStatus.RUNNING
-            if request.metrics.first_scheduled_time is None:
-                request.metrics.first_scheduled_time = now
-            self._running.append(request)
-            num_prompt = len(request.prompt_token_ids)
-            self.table.tokens[request.row, :num_prompt] = request.prompt_token_ids
-            self.table.tokens[request.row, num_prompt : request.num_tokens] = request.output_token_ids
-            self.kv.start(request, cached)
-            if request.num_cached_tokens is None:
-                request.num_cached_tokens = request.num_computed
+            self._start(request, cached, now)
             count = min(budget, request.num_tokens - request.num_computed)
             self.kv.extend(request, request.num_computed + count)
             self.kv.remember(request, request.num_computed + count)
             given[request] = count
             budget -= count
+
+    def _start(self, request: Request, cached: list[int], now: float) -> None:
+        for sequence in (request, *request.followers):
+            sequence.row = self.table.allocate_row()
+        request.status = RequestStatus.RUNNING
+        self._insert_running(request)
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = now
+        num_prompt = len(request.prompt_token_ids)
+        self.table.tokens[request.row, :num_prompt] = request.prompt_token_ids
+        self.table.tokens[request.row, num_prompt : request.num_tokens] = request.output_token_ids
+        self.kv.start(request, cached)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed
+
+    def _insert_running(self, request: Request) -> None:
+        insort(self._running, request, key=lambda other: other.order)
 
     def _preempt(self, request: Request) -> None:
         """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5)."""
@@ -188,7 +231,12 @@ class Scheduler:
         self._release(request)
         request.status, request.num_computed = RequestStatus.WAITING, 0
         request.metrics.num_preemptions += 1
-        self._waiting.appendleft(request)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """Back among the waiting ones, who are mostly younger."""
+        place = next((i for i, other in enumerate(self._waiting) if other.order > request.order), len(self._waiting))
+        self._waiting.insert(place, request)
 
     def preempt_all(self) -> None:
         """Every running request waits and will be computed again: the step failed, and the device may have lost its pages."""
@@ -200,36 +248,64 @@ class Scheduler:
         requests = sorted(given, key=lambda request: (given[request] > 1, request.order))
         counts = np.array([given[r] for r in requests], np.int32)
         starts = np.array([r.num_computed for r in requests], np.int32)
-        totals = np.array([r.num_tokens for r in requests], np.int32)
         rows = np.array([r.row for r in requests], np.int32)
-        return StepPlan(requests, rows, starts, counts, starts + counts == totals, int((counts == 1).sum()))
+        sampled: list[Request] = []
+        sources: list[int] = []
+        for index, request in enumerate(requests):
+            if request.num_computed + given[request] == request.num_tokens:
+                sampled.append(request)
+                sources.append(index)
+                if request.followers:
+                    sampled += request.followers
+                    sources += [index] * len(request.followers)
+        return StepPlan(
+            requests,
+            rows,
+            starts,
+            counts,
+            int((counts == 1).sum()),
+            sampled,
+            np.array([r.row for r in sampled], np.int32),
+            np.array(sources, np.int32),
+            np.array(self.kv.take_copies(), np.int32).reshape(-1, 2),
+        )
 
     def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float) -> list[Request]:
         """Takes a step's result: advances every row, appends the sampled tokens, ends what is done.
 
         Args:
-          sampled: a token for each row of the plan; read only where `plan.samples`.
+          sampled: a token for each of `plan.sampled`.
           now: seconds of `time.monotonic()`.
 
-        Returns the requests that got a token. Rows aborted since the plan was made are skipped.
+        Returns the sequences that got a token. Those aborted since the plan was made are skipped.
         """
+        for request, count in zip(plan.requests, plan.counts.tolist(), strict=True):
+            if request.status is RequestStatus.RUNNING:
+                request.num_computed += count
         changed = []
-        tokens = [int(token) for token in sampled]
-        for request, count, samples, token in zip(plan.requests, plan.counts.tolist(), plan.samples.tolist(), tokens, strict=True):
+        for request, token in zip(plan.sampled, np.asarray(sampled).tolist(), strict=True):
+            if request.followers:
+                self._fork_followers(request)
             if request.status is not RequestStatus.RUNNING:
-                continue
-            request.num_computed += count
-            metrics = request.metrics
-            if not samples:
                 continue
             if request.num_tokens < self.max_model_len:
                 self.table.tokens[request.row, request.num_tokens] = token
             request.output_token_ids.append(token)
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
             changed.append(request)
             self._stop(request, token)
         return changed
+
+    def _fork_followers(self, request: Request) -> None:
+        """Its prompt is computed: those who follow go on by themselves, on the same pages."""
+        for follower in request.followers:
+            self.kv.fork(request, follower)
+            self.table.tokens[follower.row, : request.num_tokens] = self.table.tokens[request.row, : request.num_tokens]
+            follower.num_cached_tokens = request.num_cached_tokens
+            follower.status = RequestStatus.RUNNING
+            self._insert_running(follower)
+        request.followers = []
 
     def _stop(self, request: Request, token: int) -> None:
         if token in request.eos_token_ids:
@@ -242,7 +318,7 @@ class Scheduler:
     def check(self) -> None:
         """Proves the invariants; AssertionError with what breaks them."""
         self.kv.check(self._running)
-        rows = [request.row for request in self._running]
+        rows = [sequence.row for request in self._running for sequence in (request, *request.followers)]
         assert len(set(rows)) == len(rows) and len(rows) + self.table.num_free_rows == len(self.table.tokens), f"rows {rows}"
         for queue, status in ((self._waiting, RequestStatus.WAITING), (self._running, RequestStatus.RUNNING)):
             orders = [request.order for request in queue]
@@ -250,4 +326,8 @@ class Scheduler:
             assert all(request.status is status for request in queue)
         for request in self._running:
             assert request.num_computed < request.num_tokens, f"request {request.request_id!r} has nothing to compute"
-        assert len(self._waiting) + len(self._running) == len(self._requests)
+        followers = [follower for request in (*self._waiting, *self._running) for follower in request.followers]
+        assert all(follower.status is RequestStatus.FOLLOWING for follower in followers)
+        unfinished = [sequence for sequences in self._requests.values() for sequence in sequences]
+        assert {*self._waiting, *self._running, *followers} == set(unfinished)
+        assert len(self._waiting) + len(self._running) + len(followers) == len(unfinished)

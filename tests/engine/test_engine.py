@@ -48,15 +48,20 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     runner = llm.engine.runner
     warm = runner.num_compilations
     assert warm == len(runner.buckets)
+    for bucket in runner.buckets:
+        memory = runner._compiled_step(bucket).memory_analysis()
+        assert memory.alias_size_in_bytes == runner._pages.nbytes, "the pool is updated in place"
     rng = np.random.default_rng(3)
     engine, left, most = llm.engine, 200, 0
     while left or engine.has_unfinished_requests:
         for _ in range(min(left, int(rng.integers(0, 4)))):
             left -= 1
             prompt = rng.integers(0, VOCAB, rng.integers(1, 60)).tolist()
+            n = int(rng.choice([1, 1, 1, 2, 5]))
             wild = SamplingParams(
+                n=n,
                 max_tokens=int(rng.integers(1, 30)),
-                temperature=float(rng.choice([0, 0.7])),
+                temperature=float(rng.choice([0, 0.7])) if n == 1 else 1.0,
                 top_k=int(rng.choice([0, 5])),
                 top_p=float(rng.choice([1, 0.8])),
                 logprobs=rng.choice([None, 3]),
@@ -104,6 +109,8 @@ def test_bad_prompts_cost_nobody_anything(llm: LLM, prompt: Any, message: str) -
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"n": 0}, r"n is 0, but must be an integer in \[1, 1024\]"),
+        ({"n": 2, "temperature": 0}, "n is 2, but must be 1 at temperature 0"),
         ({"max_tokens": 0}, "max_tokens is 0, but must be an integer >= 1"),
         ({"max_tokens": -3}, "max_tokens is -3"),
         ({"temperature": -0.1}, "temperature is -0.1, but must be a finite number >= 0"),
@@ -369,6 +376,43 @@ def test_cache_salts_as_vllm_gives_them(folder: Path) -> None:
             llm.generate({"prompt": "x", "cache_salt": bad}, use_tqdm=False)
     with pytest.raises(InvalidRequestError, match=r"prompt has keys \['cache_salt'\]"):
         llm.generate({"cache_salt": "a"}, use_tqdm=False)
+
+
+def test_n_samples_are_what_n_requests_would_draw(folder: Path) -> None:
+    """Prompts that end within a page, at its end, and in one token; seeds, stops and log-probabilities of each sample."""
+    llm = LLM(folder, **OPTIONS)
+    for prompt in ([5] * 20, list(range(32)), [7]):
+        params = {"max_tokens": 20, "logprobs": 2, "ignore_eos": True, "stop_token_ids": list(range(0, 250, 25))}
+        output = llm.generate([prompt], SamplingParams(n=4, seed=40, **params), use_tqdm=False)[0]
+        assert [one.index for one in output.outputs] == [0, 1, 2, 3] and output.finished
+        for index, one in enumerate(output.outputs):
+            alone = llm.generate([prompt], SamplingParams(seed=40 + index, **params), use_tqdm=False)[0].outputs[0]
+            assert (one.token_ids, one.text, one.finish_reason, one.stop_reason) == (
+                alone.token_ids, alone.text, alone.finish_reason, alone.stop_reason
+            )  # fmt: skip
+            assert one.cumulative_logprob == pytest.approx(alone.cumulative_logprob, abs=1e-4)
+        assert len({tuple(one.token_ids) for one in output.outputs}) == 4
+    assert llm.engine.scheduler.pool.num_used == 0
+
+
+def test_more_samples_than_rows_and_pages(folder: Path) -> None:
+    llm = LLM(folder, **OPTIONS | {"num_pages": 7})
+    params = SamplingParams(n=7, seed=3, max_tokens=40, ignore_eos=True)
+    outputs = llm.generate([[5] * 20, [9] * 30], params, use_tqdm=False)
+    roomy = LLM(folder, **OPTIONS | {"num_pages": 100, "max_num_seqs": 16}).generate([[5] * 20, [9] * 30], params, use_tqdm=False)
+    assert [[one.token_ids for one in o.outputs] for o in outputs] == [[one.token_ids for one in o.outputs] for o in roomy]
+    assert sum(o.metrics.num_preemptions for o in outputs) > 0 and sum(o.metrics.num_preemptions for o in roomy) == 0
+
+
+def test_samples_stream_and_are_aborted_together(llm: LLM) -> None:
+    engine = llm.engine
+    name = engine.add_request("hello", SamplingParams(n=3, seed=1, max_tokens=9, ignore_eos=True))
+    engine.step()
+    (output,) = engine.step()
+    assert [len(one.token_ids) for one in output.outputs] == [2, 2, 2] and not output.finished
+    assert output.metrics.finished_time is None
+    assert engine.abort_request(name) and not engine.has_unfinished_requests
+    assert engine.scheduler.pool.num_used == 0
 
 
 def test_generate_leaves_foreign_requests_alone(llm: LLM) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs")
 PADDING = (0.0, 0, 1.0, 0.0, (0, 0), -1)
 
 
+Copies = Sequence[tuple[int, int]]
+
+
 @dataclass
 class Row:
     """One row of a plan, and what its sampled token is asked for."""
@@ -28,7 +31,7 @@ class Row:
     table_row: int
     start: int
     count: int
-    samples: bool
+    num_samples: int  # more than one: several sequences continue one prompt; here they have the parameters of its row
     params: SamplingParams
     seed: int
 
@@ -39,11 +42,10 @@ class Row:
         return temperature, max(p.top_k, 0), top_p, min_p, seed, -1 if p.logprobs is None else p.logprobs
 
 
-def make_plan(rows: list[Row]) -> StepPlan:
+def make_plan(rows: list[Row], copies: Copies = ()) -> StepPlan:
     def ints(name: str) -> Any:
         return np.array([getattr(row, name) for row in rows], np.int32)
 
-    samples = np.array([row.samples for row in rows], bool)
     requests = [
         Request(
             request_id=str(index),
@@ -57,16 +59,28 @@ def make_plan(rows: list[Row]) -> StepPlan:
         )
         for index, row in enumerate(rows)
     ]
-    return StepPlan(requests, ints("table_row"), ints("start"), ints("count"), samples, sum(row.count == 1 for row in rows))
+    sources = np.array([index for index, row in enumerate(rows) for _ in range(row.num_samples)], np.int32)
+    sampled = [requests[index] for index in sources]
+    return StepPlan(
+        requests,
+        ints("table_row"),
+        ints("start"),
+        ints("count"),
+        sum(row.count == 1 for row in rows),
+        sampled,
+        ints("table_row")[sources],
+        sources,
+        np.array(copies, np.int32).reshape(-1, 2),
+    )
 
 
-def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket) -> tuple[dict[str, Any], list[int]]:
+def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, copies: Copies = ()) -> dict[str, Any]:
     """`pack` as the runner calls it; the arrays by name, as lists."""
-    plan = make_plan(rows)
+    plan = make_plan(rows, copies)
     table = SamplingTable(len(tokens))
     for row, request in zip(rows, plan.requests, strict=True):
         table.set(row.table_row, request, row.params, row.seed)
-    packed, order = pack(plan, tokens, block_tables, table, bucket)
+    packed = pack(plan, tokens, block_tables, table, bucket)
     for array in jax.tree.leaves(packed):
         assert array.dtype in (np.int32, np.uint32, np.float32), "else the compiled step would not take it"
     assert packed.batch.decode_only == bucket.decode_only
@@ -79,38 +93,42 @@ def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket) -
         "sample_tokens": packed.sample_tokens,
         "sample_positions": packed.sample_positions,
         "num_samples": packed.num_samples,
+        "copies": packed.copies,
+        "num_copies": packed.num_copies,
     }
     out = {name: np.asarray(array).tolist() for name, array in named.items()}
     columns = [np.asarray(getattr(packed.sampling, name)).tolist() for name in COLUMNS]
     out["sampling"] = [tuple(tuple(x) if isinstance(x, list) else x for x in values) for values in zip(*columns, strict=True)]
-    return out, order.tolist()
+    return out
 
 
-def pack_slowly(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket) -> tuple[dict[str, Any], list[int]]:
+def pack_slowly(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, copies: Copies) -> dict[str, Any]:
     """One token after the other: rows of one token first, longest first, then the others as they come."""
     indexed = sorted(enumerate(rows), key=lambda item: (item[1].count > 1, -item[1].start if item[1].count == 1 else 0))
     out: dict[str, Any] = {name: [] for name in ("token_ids", "kv_lens", "block_tables", "sample_tokens", "sample_positions", "sampling")}
-    out["row_starts"], order = [0], []
+    out["row_starts"], last = [0], {}
     for index, row in indexed:
         for position in range(row.start, row.start + row.count):
             out["token_ids"].append(int(tokens[row.table_row, position]))
         out["row_starts"].append(len(out["token_ids"]))
         out["kv_lens"].append(row.start + row.count)
         out["block_tables"].append(block_tables[row.table_row].tolist())
-        if row.samples:
-            out["sample_tokens"].append(len(out["token_ids"]) - 1)
+        last[index] = len(out["token_ids"]) - 1
+    for index, row in enumerate(rows):  # samples are in the plan's order
+        for _ in range(row.num_samples):
+            out["sample_tokens"].append(last[index])
             out["sample_positions"].append(row.start + row.count)
             out["sampling"].append(row.sampling())
-            order.append(index)
     out["num_decode"] = sum(row.count == 1 for row in rows)
-    out["num_samples"] = len(order)
+    out["num_samples"] = len(out["sampling"])
+    out["copies"], out["num_copies"] = [list(copy) for copy in copies] + [[0, 0]] * (bucket.num_rows - len(copies)), len(copies)
     width, used = block_tables.shape[1], len(out["token_ids"])
     fill = {"kv_lens": 0, "block_tables": [0] * width, "sample_tokens": 0, "sample_positions": 0, "sampling": PADDING}
     for name, value in fill.items():
         out[name] += [value] * (bucket.num_rows - len(out[name]))
     out["token_ids"] += [0] * (bucket.num_tokens - used)
     out["row_starts"] += [used] * (bucket.num_rows + 1 - len(out["row_starts"]))
-    return out, order
+    return out
 
 
 sampling_params = st.builds(
@@ -124,56 +142,60 @@ sampling_params = st.builds(
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int]:
-    """Rows as the scheduler orders them, the tables of all rows, and max_num_seqs."""
+def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int, list[tuple[int, int]]]:
+    """Rows as the scheduler orders them, the tables of all rows, max_num_seqs, and copies."""
     max_num_seqs, page_size, length = draw(st.integers(1, 9)), draw(st.integers(1, 5)), 40
     tokens = np.arange(max_num_seqs * length, dtype=np.int32).reshape(max_num_seqs, length) + 1
     width = -(-length // page_size)
     block_tables = np.arange(max_num_seqs * width, dtype=np.int32).reshape(max_num_seqs, width)[::-1] + 7
-    rows = []
+    rows: list[Row] = []
     for table_row in draw(st.permutations(range(max_num_seqs)))[: draw(st.integers(1, max_num_seqs))]:
         count = draw(st.sampled_from([1, 1, 1, 2, 5, 16]))
         start = draw(st.integers(0, length - 1 - count))
-        rows.append(Row(table_row, start, count, draw(st.booleans()), draw(sampling_params), draw(st.integers(0, 2**63 - 1))))
-    return sorted(rows, key=lambda row: row.count > 1), tokens, block_tables, max_num_seqs
+        room = max_num_seqs - sum(row.num_samples for row in rows)
+        samples = min(draw(st.sampled_from([0, 1, 1, 1, 3])), room)
+        rows.append(Row(table_row, start, count, samples, draw(sampling_params), draw(st.integers(0, 2**63 - 1))))
+    copies = draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=len(rows)))
+    return sorted(rows, key=lambda row: row.count > 1), tokens, block_tables, max_num_seqs, copies
 
 
 @given(plan=plans(), spare=st.integers(0, 30))
 @settings(max_examples=200, deadline=None)
-def test_pack(plan: tuple[list[Row], Any, Any, int], spare: int) -> None:
-    rows, tokens, block_tables, max_num_seqs = plan
-    used = sum(row.count for row in rows)
-    bucket = find_bucket(make_buckets(max_num_seqs, max(used, max_num_seqs) + spare), used, len(rows), used == len(rows))
-    expected, expected_order = pack_slowly(rows, tokens, block_tables, bucket)
-    packed, order = pack_rows(rows, tokens, block_tables, bucket)
+def test_pack(plan: tuple[list[Row], Any, Any, int, Copies], spare: int) -> None:
+    rows, tokens, block_tables, max_num_seqs, copies = plan
+    used, num_rows = sum(row.count for row in rows), max(len(rows), sum(row.num_samples for row in rows))
+    bucket = find_bucket(make_buckets(max_num_seqs, max(used, max_num_seqs) + spare), used, num_rows, used == len(rows))
+    expected = pack_slowly(rows, tokens, block_tables, bucket, copies)
+    packed = pack_rows(rows, tokens, block_tables, bucket, copies)
     for name in expected:
         assert packed[name] == expected[name], name
-    assert order == expected_order
 
 
 def test_pack_of_a_small_plan() -> None:
     tokens = np.array([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35]], np.int32)
     block_tables = np.array([[4, 5, 6], [1, 2, 3], [7, 8, 9]], np.int32)
     cold, hot = SamplingParams(temperature=0, top_k=-1), SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, logprobs=2)
-    rows = [Row(1, 2, 1, True, cold, 1), Row(0, 4, 1, True, hot, (5 << 32) + 6), Row(2, 1, 3, False, hot, 0)]
-    packed, order = pack_rows(rows, tokens, block_tables, Bucket(False, 8, 4))
+    rows = [Row(1, 2, 1, 1, cold, 1), Row(0, 4, 1, 2, hot, (5 << 32) + 6), Row(2, 1, 3, 0, hot, 0)]
+    packed = pack_rows(rows, tokens, block_tables, Bucket(False, 8, 4), [(7, 9), (1, 2)])
     assert packed == {
         "token_ids": [14, 22, 31, 32, 33, 0, 0, 0],
         "row_starts": [0, 1, 2, 5, 5],
         "kv_lens": [5, 3, 4, 0],
         "block_tables": [[4, 5, 6], [1, 2, 3], [7, 8, 9], [0, 0, 0]],
         "num_decode": 2,
-        "sample_tokens": [0, 1, 0, 0],
-        "sample_positions": [5, 3, 0, 0],
-        "num_samples": 2,
-        "sampling": [(0.5, 3, 0.25, 0.125, (5, 6), 2), (0.0, 0, 1.0, 0.0, (0, 1), -1), PADDING, PADDING],
+        "sample_tokens": [1, 0, 0, 0],
+        "sample_positions": [3, 5, 5, 0],
+        "num_samples": 3,
+        "sampling": [(0.0, 0, 1.0, 0.0, (0, 1), -1), *[(0.5, 3, 0.25, 0.125, (5, 6), 2)] * 2, PADDING],
+        "copies": [[7, 9], [1, 2], [0, 0], [0, 0]],
+        "num_copies": 2,
     }
-    assert order == [1, 0], "the longer decode row comes first"
 
 
 def test_decode_rows_of_one_length_stay_in_order() -> None:
-    rows = [Row(i, start, 1, True, SamplingParams(), i) for i, start in enumerate([3, 5, 3, 5, 4])]
-    assert pack_rows(rows, np.zeros((5, 8), np.int32), np.zeros((5, 2), np.int32), Bucket(True, 8, 8))[1] == [1, 3, 4, 0, 2]
+    rows = [Row(i, start, 1, 1, SamplingParams(), i) for i, start in enumerate([3, 5, 3, 5, 4])]
+    packed = pack_rows(rows, np.zeros((5, 8), np.int32), np.zeros((5, 2), np.int32), Bucket(True, 8, 8))
+    assert packed["sample_tokens"][:5] == [3, 0, 4, 1, 2], "rows 1, 3, 4, 0, 2"
 
 
 def test_a_row_of_the_sampling_table_has_its_last_owner() -> None:

@@ -34,8 +34,9 @@ def step(scheduler: Scheduler, token: int = 9) -> list[Row]:
     scheduler.check()
     if plan is None:
         return []
-    rows = list(zip((r.request_id for r in plan.requests), plan.starts.tolist(), plan.counts.tolist(), plan.samples.tolist()))
-    scheduler.commit(plan, [token] * len(rows), 1.0)
+    samples = [request in plan.sampled for request in plan.requests]
+    rows = list(zip((r.request_id for r in plan.requests), plan.starts.tolist(), plan.counts.tolist(), samples))
+    scheduler.commit(plan, [token] * len(plan.sampled), 1.0)
     scheduler.check()
     return rows
 

@@ -37,17 +37,20 @@ def make_request(name: str, prompt: int | list[int], max_tokens: int = 8, *, eos
 def rows_of(plan: StepPlan) -> list[Row]:
     assert plan.rows.tolist() == [request.row for request in plan.requests]
     assert (plan.num_decode, plan.num_tokens) == (sum(count == 1 for count in plan.counts), sum(plan.counts))
-    return list(zip((r.request_id for r in plan.requests), plan.starts.tolist(), plan.counts.tolist(), plan.samples.tolist(), strict=True))
+    samples = [request in plan.sampled for request in plan.requests]
+    assert plan.sample_sources.tolist() == np.flatnonzero(samples).tolist() and len(plan.copies) == 0
+    assert plan.sample_rows.tolist() == [request.row for request in plan.sampled]
+    return list(zip((r.request_id for r in plan.requests), plan.starts.tolist(), plan.counts.tolist(), samples, strict=True))
 
 
 def step(scheduler: Scheduler, token: int = 9) -> list[Row]:
-    """One step that samples `token`; where nothing is to be sampled the device gives EOS, which must not be read."""
+    """One step that samples `token`."""
     plan = scheduler.schedule()
     scheduler.check()
     if plan is None:
         return []
     rows = rows_of(plan)
-    scheduler.commit(plan, np.where(plan.samples, token, EOS), 1.0)
+    scheduler.commit(plan, [token] * len(plan.sampled), 1.0)
     scheduler.check()
     return rows
 
@@ -183,7 +186,7 @@ def test_commit_returns_who_got_a_token_and_when() -> None:
     scheduler = make_scheduler(a, b, max_num_batched_tokens=6)
     for now, changed in ((1.0, [a]), (2.0, [b]), (3.0, [b])):
         plan = scheduler.schedule(now - 0.5)
-        assert plan is not None and scheduler.commit(plan, [9] * len(plan.rows), now) == changed
+        assert plan is not None and scheduler.commit(plan, [9] * len(plan.sampled), now) == changed
     assert [(r.metrics.first_scheduled_time, r.metrics.first_token_time) for r in (a, b)] == [(0.5, 1.0), (0.5, 2.0)]
 
 
@@ -237,17 +240,18 @@ class FakeDevice:
         self.pages[~keep] = -1
 
     def run(self, plan: StepPlan, tokens: np.ndarray, block_tables: np.ndarray) -> list[int]:
-        """Writes every row, then reads every row back; EOS where nothing is to be sampled, which must not be read."""
+        """Writes every row, then reads every row back; the tokens that are sampled."""
         ends = plan.starts + plan.counts
         for request, row, start, end in zip(plan.requests, plan.rows, plan.starts, ends, strict=True):
             written = [(int(request.request_id), i, tokens[row, i]) for i in range(start, end)]
             self.pages[self.slots(block_tables[row], start, end)] = written
         sampled = []
-        for request, row, end, samples in zip(plan.requests, plan.rows, ends, plan.samples, strict=True):
+        for request, row, end in zip(plan.requests, plan.rows, ends, strict=True):
             read = self.pages[self.slots(block_tables[row], 0, end)]
             own = (request.prompt_token_ids + request.output_token_ids)[:end]
             assert read.tolist() == [[int(request.request_id), i, token] for i, token in enumerate(own)]
-            sampled.append(next_token(bytes(read[:, 2].tolist())) if samples else EOS)
+            if request in plan.sampled:
+                sampled.append(next_token(bytes(read[:, 2].tolist())))
         return sampled
 
 
@@ -304,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampled = self.device.run(plan, tables.tokens, tables.block_tables)
         if abort is not None:
             self.abort(abort)
-        got = [request for request, samples in zip(plan.requests, plan.samples, strict=True) if samples and request in self.unfinished]
+        got = [request for request in plan.sampled if request in self.unfinished]
         assert self.scheduler.commit(plan, sampled, 1.0) == got
         for request in got:
             output, *end = generate_alone(request, self.length)
@@ -320,11 +324,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.unfinished[0] in plan.requests, "the oldest advances in every step: nobody starves"
         assert plan.starts.tolist() == [request.num_computed for request in plan.requests]
         behind = [request.num_tokens - request.num_computed for request in plan.requests]
-        assert (plan.counts >= 1).all() and (plan.counts <= behind).all() and (plan.samples == (plan.counts == behind)).all()
+        assert (plan.counts >= 1).all() and (plan.counts <= behind).all()
+        assert plan.sampled == [request for request, count, most in zip(plan.requests, plan.counts, behind) if count == most]
         order = [(count > 1, int(request.request_id)) for request, count in zip(plan.requests, plan.counts, strict=True)]
         assert order == sorted(order)
         if plan.num_tokens < self.budget and not preempted:
-            assert len(plan.requests) == len(self.running()) and plan.samples.all(), "budget is left over, but rows are behind"
+            assert len(plan.requests) == len(self.running()) and plan.sampled == plan.requests, "budget is left over, but rows are behind"
 
     @invariant()
     def consistent(self) -> None:
