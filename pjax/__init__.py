@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from pjax.errors import PjaxError as PjaxError
     from pjax.errors import UnsupportedError as UnsupportedError
     from pjax.llm import LLM as LLM
+    from pjax.outputs import BeamSearchOutput as BeamSearchOutput
     from pjax.outputs import CompletionOutput as CompletionOutput
     from pjax.outputs import Logprob as Logprob
     from pjax.outputs import RequestOutput as RequestOutput
+    from pjax.params import BeamSearchParams as BeamSearchParams
     from pjax.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -24,6 +26,8 @@ _HOME = {
     "LLM": "pjax.llm",
     "LLMEngine": "pjax.engine",
     "SamplingParams": "pjax.params",
+    "BeamSearchParams": "pjax.params",
+    "BeamSearchOutput": "pjax.outputs",
     "RequestOutput": "pjax.outputs",
     "CompletionOutput": "pjax.outputs",
     "Logprob": "pjax.outputs",
@@ -36,6 +40,8 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",

@@ -21,9 +21,10 @@ from pjax.errors import ConfigError, InvalidRequestError
 from pjax.memory import choose_num_pages, describe_pool
 from pjax.models import open_model
 from pjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from pjax.params import MAX_SEED, SamplingParams
+from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, SamplingParams
 from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
 from pjax.scheduler import Request, Scheduler
+from pjax.scheduler.beam import BeamSearch, num_candidates
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ class LLMEngine:
     def add_request(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         request_id: str | None = None,
         *,
         cache_salt: str | None = None,
@@ -135,42 +136,62 @@ class LLMEngine:
         Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
         """
         params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams")
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams or BeamSearchParams")
         request_id = self._free_id() if request_id is None else request_id
         text = prompt if isinstance(prompt, str) else None
         ids = self._prompt_ids(prompt, request_id)
+        self._check_salt(cache_salt, request_id)
+        eos = frozenset[int]() if params.ignore_eos else self._eos
+        room = max(self.max_model_len - len(ids), 0)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, max(room, 1))
+        search = None
+        if isinstance(params, BeamSearchParams):
+            self._check_beams(params, len(eos), request_id)
+            search = BeamSearch(params, max_tokens, eos)
+            # Beams are chosen by the likeliest tokens' log-probabilities; nothing else of a step is read.
+            params = SamplingParams(n=1, temperature=0, max_tokens=max_tokens, logprobs=0, detokenize=False)
+        self._check_sampling(params, request_id)
+        common: dict[str, Any] = {
+            "request_id": request_id,
+            "prompt_token_ids": ids,
+            "params": params,
+            "max_tokens": max_tokens,
+            "stop_token_ids": frozenset(params.stop_token_ids or ()),
+            "eos_token_ids": eos,
+            "metrics": RequestMetrics(arrival_time=time.monotonic()),
+            "cache_salt": cache_salt,
+            "beam": search,
+        }
+        requests = [Request(**common, index=index, seed=0) for index in range(search.width if search else params.n)]
+        self.scheduler.add(*requests)
+        self._groups[request_id] = _Group(text, [_Sequence(request, self._detokenizer(ids, params)) for request in requests])
+        # Only an accepted request takes a number: a refused one must not change the others' draws.
+        if search is None:
+            seed = self._next_seed() if params.seed is None else params.seed
+            for request in requests:
+                request.seed = (seed + request.index) & MAX_SEED
+        return request_id
+
+    def _check_salt(self, cache_salt: str | None, request_id: str) -> None:
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a non-empty string (request {request_id!r})")
+
+    def _check_sampling(self, params: SamplingParams, request_id: str) -> None:
         if params.stops and self.tokenizer is None:
             raise InvalidRequestError(f"stop strings need a tokenizer, but skip_tokenizer_init is set (request {request_id!r})")
         self._check_ids(params.stop_token_ids or (), "stop_token_ids", request_id)
         if params.logprobs is not None and params.logprobs > self.model_config.vocab_size:
             raise InvalidRequestError(f"logprobs is {params.logprobs}, but the vocabulary has {self.model_config.vocab_size} tokens")
-        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
-            raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a non-empty string (request {request_id!r})")
-        room = max(self.max_model_len - len(ids), 0)
-        metrics = RequestMetrics(arrival_time=time.monotonic())
-        requests = [
-            Request(
-                request_id=request_id,
-                index=index,
-                prompt_token_ids=ids,
-                params=params,
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, max(room, 1)),
-                stop_token_ids=frozenset(params.stop_token_ids or ()),
-                eos_token_ids=frozenset() if params.ignore_eos else self._eos,
-                seed=0,
-                metrics=metrics,
-                cache_salt=cache_salt,
+
+    def _check_beams(self, params: BeamSearchParams, num_eos: int, request_id: str) -> None:
+        each = num_candidates(1, num_eos)
+        limit = min(min(MAX_CANDIDATES, self.model_config.vocab_size) // each, self.config.max_num_seqs)
+        if params.beam_width > limit:
+            raise InvalidRequestError(
+                f"beam_width is {params.beam_width}, but must be <= {limit}: {each} candidates for each, "
+                f"at most {MAX_CANDIDATES} and the vocabulary, and max_num_seqs (request {request_id!r})"
             )
-            for index in range(params.n)
-        ]
-        self.scheduler.add(*requests)
-        self._groups[request_id] = _Group(text, [_Sequence(request, self._detokenizer(ids, params)) for request in requests])
-        # Only an accepted request takes a number: a refused one must not change the others' draws.
-        seed = self._next_seed() if params.seed is None else params.seed
-        for request in requests:
-            request.seed = (seed + request.index) & MAX_SEED
-        return request_id
 
     def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         return Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer and params.detokenize else None
@@ -237,12 +258,15 @@ class LLMEngine:
         now = time.monotonic()
         places = {id(request): index for index, request in enumerate(plan.sampled)}
         changed: dict[str, None] = {}  # in the order of the plan
-        for request in self.scheduler.commit(plan, result.tokens, now):
+        for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
             self._observe(request, result, places[id(request)], now)
             changed[request.request_id] = None
         return [self._output(request_id) for request_id in changed]
 
     def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
+        if request.beam is not None:
+            request.metrics.finished_time = now
+            return
         sequence = self._groups[request.request_id].sequences[request.index]
         if request.params.logprobs is not None:
             self._add_logprobs(sequence, result, index, request.params.logprobs)
@@ -284,11 +308,23 @@ class LLMEngine:
             request_id=request_id,
             prompt=group.prompt,
             prompt_token_ids=list(first.prompt_token_ids),
-            outputs=[_completion(sequence) for sequence in group.sequences],
+            outputs=[_completion(sequence) for sequence in group.sequences] if first.beam is None else self._found(first.beam),
             finished=finished,
             num_cached_tokens=first.num_cached_tokens,
             metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
         )
+
+    def _found(self, search: BeamSearch) -> list[CompletionOutput]:
+        return [
+            CompletionOutput(
+                index=index,
+                text=self.tokenizer.decode(found.tokens) if self.tokenizer else "",
+                token_ids=found.tokens,
+                cumulative_logprob=found.cum_logprob,
+                finish_reason="stop" if found.ended else "length",
+            )
+            for index, found in enumerate(search.finished)
+        ]
 
     def close(self) -> None:
         """Stops the engine's threads."""

@@ -13,8 +13,8 @@ from pjax.config import EngineConfig
 from pjax.engine import LLMEngine, Prompt
 from pjax.errors import InvalidRequestError
 from pjax.logs import show_logs
-from pjax.outputs import RequestOutput
-from pjax.params import SamplingParams
+from pjax.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from pjax.params import BeamSearchParams, SamplingParams
 from pjax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -66,10 +66,12 @@ class LLM:
 
         Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
         """
-        listed = _as_list(prompts)
+        return self._generate(_as_list(prompts), sampling_params, use_tqdm)
+
+    def _generate(self, listed: list[Any], sampling_params: Any, use_tqdm: bool) -> list[RequestOutput]:
         if self.engine.has_unfinished_requests:
             raise InvalidRequestError("the engine has unfinished requests of add_request: step() them to their end first")
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        if sampling_params is None or isinstance(sampling_params, SamplingParams | BeamSearchParams):
             params: list[Any] = [sampling_params] * len(listed)
         elif isinstance(sampling_params, Sequence):
             params = list(sampling_params)
@@ -89,6 +91,34 @@ class LLM:
                 self.engine.abort_request(request_id)
             raise
         return self._run(ids, use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False) -> list[BeamSearchOutput]:
+        """The `beam_width` best sequences that beam search finds for every prompt, in the order of the prompts.
+
+        Args:
+          prompts: as for `generate`.
+
+        Raises InvalidRequestError, before anything runs, when a prompt or the parameters are wrong.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(f"params is {type(params).__name__}, but must be BeamSearchParams")
+        return [self._as_beams(output, params) for output in self._generate(_as_list(prompts), params, use_tqdm)]
+
+    def _as_beams(self, output: RequestOutput, params: BeamSearchParams) -> BeamSearchOutput:
+        sequences = []
+        for found in output.outputs:
+            tokens = output.prompt_token_ids + found.token_ids
+            cum_logprob = found.cumulative_logprob or 0.0
+            sequences.append(
+                BeamSearchSequence(
+                    tokens=tokens,
+                    text=self.engine.tokenizer.decode(tokens) if self.engine.tokenizer else "",
+                    cum_logprob=cum_logprob,
+                    score=cum_logprob / len(found.token_ids) ** params.length_penalty,
+                    finish_reason=found.finish_reason or "length",
+                )
+            )
+        return BeamSearchOutput(sequences)
 
     def chat(
         self,

@@ -58,3 +58,27 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     """Prompt tokens whose keys and values were in the page pool already; None before it first ran."""
     metrics: RequestMetrics = field(repr=False, default_factory=lambda: RequestMetrics(0.0))
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One sequence that a beam search found."""
+
+    tokens: list[int]
+    """The prompt's and the generated ones, an end-of-sequence token included."""
+    text: str
+    """Of all tokens, the prompt's too, as vLLM gives it; empty without a tokenizer."""
+    cum_logprob: float
+    """Of the generated tokens."""
+    score: float
+    """cum_logprob / number of generated tokens ** length_penalty."""
+    finish_reason: str
+    """"stop" (end of sequence) or "length"."""
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """One prompt's sequences, the highest score first."""
+
+    sequences: list[BeamSearchSequence]

@@ -11,6 +11,7 @@ from pjax.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20  # as OpenAI's and vLLM's default bound
 MAX_N = 1024
+MAX_CANDIDATES = 32  # likeliest tokens that a step gives for each row, where any row asks
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**63 - 1
 
@@ -121,3 +122,39 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """Beam search as in transformers' `generate(num_beams=…, do_sample=False)`, with vLLM's names.
+
+    Raises InvalidRequestError when a value is out of its bounds, and TypeError for a name that pjax does not apply.
+    """
+
+    beam_width: int
+    """Sequences that are continued at every step, and that are returned."""
+    max_tokens: int
+    """Most tokens to generate."""
+    length_penalty: float = 1.0
+    """The score is the sum of log-probabilities / number of generated tokens ** this: above 0 it favours long sequences."""
+    early_stopping: bool | str = False
+    """When `beam_width` sequences have ended: True stops; False stops when the likeliest beam, were it to end now, would
+    score lower than all of them; "never" stops when it could not score higher at any length up to `max_tokens`."""
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    """The logits are divided by it before the log-probabilities are taken; 0 leaves them alone, as 1 does."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens", "length_penalty", "temperature"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("beam_width", "max_tokens"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "an integer >= 1")
+        if not _is_number(self.length_penalty):
+            raise _bad("length_penalty", self.length_penalty, "a finite number")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise _bad("temperature", self.temperature, "a finite number >= 0")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise _bad("early_stopping", self.early_stopping, 'True, False or "never"')
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")

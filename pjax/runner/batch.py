@@ -72,8 +72,9 @@ class SamplingTable:
         self.min_p = np.zeros(num_rows, np.float32)
         self.seed = np.zeros((num_rows, 2), np.uint32)
         self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.logprob_temperature = np.ones(num_rows, np.float32)
 
-    def set(self, row: int, owner: object, params: SamplingParams, seed: int) -> None:
+    def set(self, row: int, owner: object, params: SamplingParams, seed: int, logprob_temperature: float = 1.0) -> None:
         """Writes a row, unless it is this owner's already."""
         if self._owners[row] is owner:
             return
@@ -84,6 +85,7 @@ class SamplingTable:
         self.min_p[row] = params.min_p
         self.seed[row] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.logprob_temperature[row] = logprob_temperature
 
     def gather(self, rows: Ints, size: int) -> SamplingArrays:
         """The rows' parameters, padded to `size` with greedy rows."""
@@ -95,7 +97,7 @@ class SamplingTable:
             return out
 
         fields = (take(self.temperature, 0), take(self.top_k, 0), take(self.top_p, 1), take(self.min_p, 0), take(self.seed, 0))
-        return SamplingArrays(*fields, take(self.num_logprobs, -1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
+        return SamplingArrays(*fields, take(self.num_logprobs, -1), take(self.logprob_temperature, 1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
 
 
 def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> StepInput:

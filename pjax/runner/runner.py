@@ -19,7 +19,7 @@ from pjax.errors import ConfigError
 from pjax.models import ModelSource
 from pjax.pallas_kernels import RaggedBatch
 from pjax.pallas_kernels.pages import page_bytes, pool_shape
-from pjax.params import MAX_LOGPROBS
+from pjax.params import MAX_CANDIDATES
 from pjax.runner.batch import Bucket, Ints, SamplingTable, StepInput, find_bucket, make_buckets, pack
 from pjax.runner.sampler import Sampled, SamplingArrays
 from pjax.runner.step import make_step
@@ -72,7 +72,7 @@ class ModelRunner:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._sampling = SamplingTable(config.max_num_seqs)
-        step = make_step(model.graph, self._structure, min(MAX_LOGPROBS, c.vocab_size), config.attention_backend)
+        step = make_step(model.graph, self._structure, min(MAX_CANDIDATES, c.vocab_size), config.attention_backend)
         self._step = jax.jit(step, donate_argnums=1)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
@@ -89,7 +89,8 @@ class ModelRunner:
           tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables.
         """
         for request in plan.sampled:
-            self._sampling.set(request.row, request, request.params, request.seed)
+            temperature = 1.0 if request.beam is None else request.beam.temperature
+            self._sampling.set(request.row, request, request.params, request.seed, temperature)
         num_rows = max(len(plan.rows), len(plan.sampled))
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows))
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket)
@@ -158,7 +159,7 @@ class ModelRunner:
 
         batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, width), ints(), decode_only=bucket.decode_only)
         seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
-        sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows))
+        sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows), floats(rows))
         return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), ints(rows, 2), ints(), sampling)
 
     def close(self) -> None:

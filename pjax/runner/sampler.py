@@ -27,6 +27,7 @@ class SamplingArrays:
     min_p: jax.Array  # float32 [S]; 0 is off
     seed: jax.Array  # uint32 [S, 2]
     num_logprobs: jax.Array  # int32 [S]; -1: none wanted
+    logprob_temperature: jax.Array  # float32 [S]; of the reported log-probabilities: 1 but for beams
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, max_
     )
     return lax.cond(
         jnp.any(params.num_logprobs >= 0),
-        lambda: _with_logprobs(logits, tokens, max_logprobs),
+        lambda: _with_logprobs(logits / params.logprob_temperature[:, None], tokens, max_logprobs),
         lambda: _without_logprobs(tokens, max_logprobs),
     )
 
@@ -73,7 +74,7 @@ def _without_logprobs(tokens: jax.Array, count: int) -> Sampled:
 
 
 def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Sampled:
-    """Log-probabilities of the model itself, before temperature and filters, as vLLM and OpenAI report them."""
+    """Log-probabilities of the model itself, before temperature and filters, as vLLM and OpenAI report them; beams choose by them."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
     ranks = jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32) + 1

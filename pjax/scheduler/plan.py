@@ -28,6 +28,32 @@ class StepPlan:
     sample_sources: npt.NDArray[np.int32]  # [m], rows of the plan
     copies: npt.NDArray[np.int32]  # [c, 2], c <= n: pages to be copied, from and to, one after the other, before anything is written
 
+    @classmethod
+    def make(cls, given: dict[Request, int], copies: list[tuple[int, int]]) -> StepPlan:
+        """The plan that computes so many of each request's next tokens."""
+        requests = sorted(given, key=lambda request: (given[request] > 1, request.order))
+        counts = np.array([given[request] for request in requests], np.int32)
+        sampled: list[Request] = []
+        sources: list[int] = []
+        for index, request in enumerate(requests):
+            if request.num_computed + given[request] == request.num_tokens:
+                sampled.append(request)
+                sources.append(index)
+                if request.followers and request.beam is None:
+                    sampled += request.followers
+                    sources += [index] * len(request.followers)
+        return cls(
+            requests=requests,
+            rows=np.array([request.row for request in requests], np.int32),
+            starts=np.array([request.num_computed for request in requests], np.int32),
+            counts=counts,
+            num_decode=int((counts == 1).sum()),
+            sampled=sampled,
+            sample_rows=np.array([request.row for request in sampled], np.int32),
+            sample_sources=np.array(sources, np.int32),
+            copies=np.array(copies, np.int32).reshape(-1, 2),
+        )
+
     @property
     def num_tokens(self) -> int:
         """Packed tokens of the step."""

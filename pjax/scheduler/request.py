@@ -7,11 +7,14 @@ from enum import Enum
 
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
+from pjax.scheduler.beam import BeamSearch, Candidates
 
 
 class RequestStatus(Enum):
-    """Waiting has no row and no pages; running has both; following waits for another to compute what it shares, without
-    pages, and with a row if that one runs; finished has neither.
+    """Waiting has no row and no pages; running has both; finished has neither.
+
+    Following is in no queue and waits for others of its prompt: until the prompt is computed, with a row if that runs, or
+    as a beam that gave its pages away and has nothing to compute until the other beams have caught up.
     """
 
     WAITING = "waiting"
@@ -46,6 +49,10 @@ class Request:
     """Which of the sequences of one prompt."""
     followers: list[Request] = field(default_factory=list)
     """Others of the same prompt, forked from this one when the prompt is computed; empty from then on."""
+    beam: BeamSearch | None = None
+    """The search that all sequences of the prompt belong to."""
+    candidates: Candidates | None = None
+    """Of a beam that has caught up: what may follow."""
     status: RequestStatus = RequestStatus.WAITING
     page_keys: list[bytes] = field(default_factory=list)
     """Of its first full pages, as far as they were needed."""

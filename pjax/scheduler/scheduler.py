@@ -9,6 +9,9 @@ preempted for another, and fits the pool alone, so everything that is admitted e
 
 Of several sequences of one prompt the first computes it; the others follow, and already have rows. When the prompt is
 computed each of them gets a token of its own and all pages, and from then on is a sequence like any other.
+
+Beams are such sequences too. One that has caught up keeps its candidates and waits, with its pages or without, until
+all beams of its search have; then the search chooses, pages are forked and freed, and each beam has a token to compute.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pjax.errors import ConfigError, InvalidRequestError
+from pjax.scheduler.beam import BeamSearch, Candidates
 from pjax.scheduler.kv_manager import KVManager
 from pjax.scheduler.page_pool import PagePool
 from pjax.scheduler.plan import StepPlan
@@ -140,16 +144,15 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
         else:
-            self._leader_of(request).followers.remove(request)
+            for leader in self._requests[request.request_id]:
+                if request in leader.followers:
+                    leader.followers.remove(request)
             self._free_row(request)
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
         unfinished = self._requests[request.request_id]
         unfinished.remove(request)
         if not unfinished:
             del self._requests[request.request_id]
-
-    def _leader_of(self, follower: Request) -> Request:
-        return next(request for request in self._requests[follower.request_id] if follower in request.followers)
 
     def _release(self, request: Request) -> None:
         self.kv.release(request)
@@ -187,9 +190,13 @@ class Scheduler:
                 budget -= count
         for request, count in given.items():
             self.kv.remember(request, request.num_computed + count)
+        now = time.monotonic() if now is None else now
         if not preempted:
-            self._admit(given, budget, time.monotonic() if now is None else now)
-        return self._plan(given) if given else None
+            self._admit(given, budget, now)
+        while not given and self._waiting:  # all that run are beams that wait for one of those that don't
+            self._preempt(self._running[-1])
+            self._admit(given, budget, now)
+        return StepPlan.make(given, self.kv.take_copies()) if given else None
 
     def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:
         while self._waiting and budget > 0 and self.table.num_free_rows > len(self._waiting[0].followers):
@@ -226,15 +233,20 @@ class Scheduler:
         insort(self._running, request, key=lambda other: other.order)
 
     def _preempt(self, request: Request) -> None:
-        """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5)."""
+        """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5).
+
+        A beam that has its candidates needs no pages until it is continued.
+        """
         self._running.remove(request)
         self._release(request)
-        request.status, request.num_computed = RequestStatus.WAITING, 0
+        request.status, request.num_computed = RequestStatus.FOLLOWING, 0
         request.metrics.num_preemptions += 1
-        self._enqueue(request)
+        if request.candidates is None:
+            self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         """Back among the waiting ones, who are mostly younger."""
+        request.status = RequestStatus.WAITING
         place = next((i for i, other in enumerate(self._waiting) if other.order > request.order), len(self._waiting))
         self._waiting.insert(place, request)
 
@@ -244,68 +256,95 @@ class Scheduler:
             self._preempt(request)
         self.pool.forget()
 
-    def _plan(self, given: dict[Request, int]) -> StepPlan:
-        requests = sorted(given, key=lambda request: (given[request] > 1, request.order))
-        counts = np.array([given[r] for r in requests], np.int32)
-        starts = np.array([r.num_computed for r in requests], np.int32)
-        rows = np.array([r.row for r in requests], np.int32)
-        sampled: list[Request] = []
-        sources: list[int] = []
-        for index, request in enumerate(requests):
-            if request.num_computed + given[request] == request.num_tokens:
-                sampled.append(request)
-                sources.append(index)
-                if request.followers:
-                    sampled += request.followers
-                    sources += [index] * len(request.followers)
-        return StepPlan(
-            requests,
-            rows,
-            starts,
-            counts,
-            int((counts == 1).sum()),
-            sampled,
-            np.array([r.row for r in sampled], np.int32),
-            np.array(sources, np.int32),
-            np.array(self.kv.take_copies(), np.int32).reshape(-1, 2),
-        )
-
-    def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float) -> list[Request]:
+    def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float, top: Candidates | None = None) -> list[Request]:
         """Takes a step's result: advances every row, appends the sampled tokens, ends what is done.
 
         Args:
           sampled: a token for each of `plan.sampled`.
           now: seconds of `time.monotonic()`.
+          top: of each of `plan.sampled` the likeliest tokens and their log-probabilities, [m, k] both; read for beams.
 
-        Returns the sequences that got a token. Those aborted since the plan was made are skipped.
+        Returns the sequences that got a token, and of a beam search that is done the last to catch up. Those aborted since
+        the plan was made are skipped.
         """
         for request, count in zip(plan.requests, plan.counts.tolist(), strict=True):
             if request.status is RequestStatus.RUNNING:
                 request.num_computed += count
         changed = []
-        for request, token in zip(plan.sampled, np.asarray(sampled).tolist(), strict=True):
-            if request.followers:
-                self._fork_followers(request)
-            if request.status is not RequestStatus.RUNNING:
+        for index, (request, token) in enumerate(zip(plan.sampled, np.asarray(sampled).tolist(), strict=True)):
+            if request.status is RequestStatus.FINISHED:
                 continue
-            if request.num_tokens < self.max_model_len:
-                self.table.tokens[request.row, request.num_tokens] = token
-            request.output_token_ids.append(token)
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
+            if request.beam is not None:
+                assert top is not None
+                request.candidates = top[0][index], top[1][index]
+                self._advance(request.beam, self._requests[request.request_id])
+                if request.beam.done:
+                    changed.append(request)
+                continue
+            for follower in request.followers:  # their prompt is computed
+                self._fork(request, follower)
+            request.followers = []
+            self._append(request, token)
             changed.append(request)
             self._stop(request, token)
         return changed
 
-    def _fork_followers(self, request: Request) -> None:
-        """Its prompt is computed: those who follow go on by themselves, on the same pages."""
-        for follower in request.followers:
-            self.kv.fork(request, follower)
-            self.table.tokens[follower.row, : request.num_tokens] = self.table.tokens[request.row, : request.num_tokens]
-            follower.num_cached_tokens = request.num_cached_tokens
-            follower.status = RequestStatus.RUNNING
-            self._insert_running(follower)
-        request.followers = []
+    def _append(self, request: Request, token: int) -> None:
+        if request.row >= 0 and request.num_tokens < self.max_model_len:
+            self.table.tokens[request.row, request.num_tokens] = token
+        request.output_token_ids.append(token)
+
+    def _fork(self, request: Request, other: Request) -> None:
+        """Makes another sequence of the same prompt go on from where this one is, on the same pages if both can run."""
+        if other.status is RequestStatus.RUNNING:
+            self._running.remove(other)
+            self.kv.release(other)
+            other.status = RequestStatus.FOLLOWING
+        other.num_computed, other.num_cached_tokens = 0, request.num_cached_tokens
+        other.output_token_ids, other.page_keys = list(request.output_token_ids), list(request.page_keys)
+        if request.status is not RequestStatus.RUNNING:
+            self._free_row(other)
+            return
+        if other.row < 0:
+            if not self.table.num_free_rows:
+                return
+            other.row = self.table.allocate_row()
+        self.kv.fork(request, other)
+        self.table.tokens[other.row, : request.num_tokens] = self.table.tokens[request.row, : request.num_tokens]
+        other.status = RequestStatus.RUNNING
+        self._insert_running(other)
+
+    def _advance(self, search: BeamSearch, sequences: list[Request]) -> None:
+        """Continues the beams of a search if all have their candidates; each parent's first child takes its place."""
+        parents = [sequences[index] for index in search.beams]
+        candidates = [parent.candidates for parent in parents if parent.candidates is not None]
+        if len(candidates) < len(parents):
+            return
+        chosen = search.choose([parent.output_token_ids for parent in parents], candidates)
+        if search.done:
+            for sequence in sequences[::-1]:
+                self.finish(sequence, "stop" if search.finished[0].ended else "length")
+            return
+        for parent in parents:
+            parent.candidates, parent.followers = None, []
+        unused = {parents[beam] for beam, _ in chosen}
+        spare = [sequence for sequence in sequences if sequence not in unused]
+        children = []
+        for beam, _ in chosen:
+            child = parents[beam]
+            if child in unused:
+                unused.remove(child)
+            else:
+                child = spare.pop()
+                self._fork(parents[beam], child)
+            children.append(child)
+        for child, (_, token) in zip(children, chosen, strict=True):
+            self._append(child, token)
+            if child.status is RequestStatus.FOLLOWING:
+                self._enqueue(child)
+        search.beams = [child.index for child in children]
 
     def _stop(self, request: Request, token: int) -> None:
         if token in request.eos_token_ids:
@@ -325,9 +364,11 @@ class Scheduler:
             assert orders == sorted(orders), f"{status.value} requests are out of order: {orders}"
             assert all(request.status is status for request in queue)
         for request in self._running:
-            assert request.num_computed < request.num_tokens, f"request {request.request_id!r} has nothing to compute"
+            behind = request.num_computed < request.num_tokens
+            assert behind == (request.candidates is None), f"request {request.request_id!r} has nothing to compute"
         followers = [follower for request in (*self._waiting, *self._running) for follower in request.followers]
         assert all(follower.status is RequestStatus.FOLLOWING for follower in followers)
         unfinished = [sequence for sequences in self._requests.values() for sequence in sequences]
+        followers += [sequence for sequence in unfinished if sequence.status is RequestStatus.FOLLOWING and sequence.candidates]
         assert {*self._waiting, *self._running, *followers} == set(unfinished)
         assert len(self._waiting) + len(self._running) + len(followers) == len(unfinished)

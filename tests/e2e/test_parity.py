@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pjax import LLM, SamplingParams
+from pjax import LLM, BeamSearchParams, SamplingParams
 
 NUM_NEW = 64
 NEAR_TIE = 1e-4  # of two logits: either token is right
@@ -87,3 +87,20 @@ def test_generate_of_transformers_itself(crowded: LLM, reference) -> None:
             )[0, len(ids) :].tolist()
         params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
         assert crowded.generate(text, params, use_tqdm=False)[0].outputs[0].token_ids == expected
+
+
+def test_beam_search_of_transformers_itself(crowded: LLM, reference) -> None:
+    import torch
+
+    text = "The three laws of robotics are"
+    ids = crowded.get_tokenizer().encode(text)
+    with torch.inference_mode():
+        expected = reference.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=16, num_beams=4,
+            num_return_sequences=4, length_penalty=0.8, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    params = BeamSearchParams(beam_width=4, max_tokens=16, length_penalty=0.8)
+    sequences = crowded.beam_search(text, params)[0].sequences
+    assert [sequence.tokens for sequence in sequences] == expected.sequences.tolist()
+    np.testing.assert_allclose([sequence.score for sequence in sequences], expected.sequences_scores.numpy(), atol=1e-4)
+    assert all(sequence.text.startswith(text) for sequence in sequences)

@@ -17,8 +17,8 @@ from pjax.params import SamplingParams
 from pjax.runner.batch import Bucket, SamplingTable, find_bucket, make_buckets, pack
 from pjax.scheduler import Request, StepPlan
 
-COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs")
-PADDING = (0.0, 0, 1.0, 0.0, (0, 0), -1)
+COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs", "logprob_temperature")
+PADDING = (0.0, 0, 1.0, 0.0, (0, 0), -1, 1.0)
 
 
 Copies = Sequence[tuple[int, int]]
@@ -39,7 +39,7 @@ class Row:
         p = self.params
         top_p, temperature, min_p = (float(np.float32(value)) for value in (p.top_p, p.temperature, p.min_p))
         seed = divmod(self.seed, 2**32)
-        return temperature, max(p.top_k, 0), top_p, min_p, seed, -1 if p.logprobs is None else p.logprobs
+        return temperature, max(p.top_k, 0), top_p, min_p, seed, -1 if p.logprobs is None else p.logprobs, 1.0
 
 
 def make_plan(rows: list[Row], copies: Copies = ()) -> StepPlan:
@@ -186,7 +186,7 @@ def test_pack_of_a_small_plan() -> None:
         "sample_tokens": [1, 0, 0, 0],
         "sample_positions": [3, 5, 5, 0],
         "num_samples": 3,
-        "sampling": [(0.0, 0, 1.0, 0.0, (0, 1), -1), *[(0.5, 3, 0.25, 0.125, (5, 6), 2)] * 2, PADDING],
+        "sampling": [(0.0, 0, 1.0, 0.0, (0, 1), -1, 1.0), *[(0.5, 3, 0.25, 0.125, (5, 6), 2, 1.0)] * 2, PADDING],
         "copies": [[7, 9], [1, 2], [0, 0], [0, 0]],
         "num_copies": 2,
     }
@@ -202,7 +202,7 @@ def test_a_row_of_the_sampling_table_has_its_last_owner() -> None:
     table, first, second = SamplingTable(3), object(), object()
     table.set(1, first, SamplingParams(temperature=0.5, top_k=2**40, logprobs=0), 2**63 - 1)
     (row,) = zip(*(getattr(table.gather(np.array([1]), 1), name).tolist() for name in COLUMNS), strict=True)
-    assert row == (0.5, 2**31 - 1, 1.0, 0.0, [2**31 - 1, 2**32 - 1], 0)
+    assert row == (0.5, 2**31 - 1, 1.0, 0.0, [2**31 - 1, 2**32 - 1], 0, 1.0)
     table.set(1, first, SamplingParams(temperature=0.25), 0)
     assert table.temperature.tolist() == [0, 0.5, 0], "parameters of one request never change"
     table.set(1, second, SamplingParams(temperature=0.25, top_p=0.5), 3)

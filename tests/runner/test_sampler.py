@@ -29,6 +29,7 @@ def make_params(rows: int, **columns: Any) -> SamplingArrays:
         "min_p": 0,
         "seed": np.stack([np.zeros(rows), np.arange(rows)], 1),
         "num_logprobs": -1,
+        "logprob_temperature": 1,
     }
     types = {"top_k": np.int32, "seed": np.uint32, "num_logprobs": np.int32}
     arrays: dict[str, Any] = {}
