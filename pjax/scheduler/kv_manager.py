@@ -31,36 +31,30 @@ class KVManager:
         """A request's pages, in the order of its positions."""
         return self._pages.get(request, [])
 
-    def _writes_shared_page(self, request: Request) -> bool:
-        """Whether its next token goes into a page that others own too. Such a page is partly filled: full ones are never written."""
-        index, offset = divmod(request.num_computed, self.page_size)
-        return offset > 0 and self.pool.num_owners(self._pages[request][index]) > 1
-
-    def can_extend(self, request: Request, num_tokens: int) -> bool:
-        """Whether `extend` would succeed."""
-        missing = self.num_pages_for(num_tokens) - len(self._pages[request])
-        return self.pool.can_allocate(missing + self._writes_shared_page(request))
-
-    def extend(self, request: Request, num_tokens: int) -> None:
+    def extend(self, request: Request, num_tokens: int) -> bool:
         """Gives a running request the pages of positions `[0, num_tokens)`, those from `num_computed` on for itself alone.
 
-        A page that it would write and shares is replaced, and copied by the coming step (Kwon et al. 2023, section 4.4).
-        MemoryError, and nothing taken, when there are too few.
+        A page that it would write and shares with others is replaced, and copied by the coming step (Kwon et al. 2023,
+        section 4.4). Such a page is partly filled: full ones are never written. False, and nothing taken, when too few are free.
         """
         pages = self._pages[request]
-        missing = self.num_pages_for(num_tokens) - len(pages)
-        copies = self._writes_shared_page(request)
-        if missing + copies <= 0:
-            return
+        index, offset = divmod(request.num_computed, self.page_size)
+        copies = offset > 0 and self.pool.num_owners(pages[index]) > 1
+        missing = -(-num_tokens // self.page_size) - len(pages)
+        if missing <= 0 and not copies:
+            return True
+        if not self.pool.can_allocate(missing + copies):
+            return False
         new = self.pool.allocate(missing + copies)
         blocks = self._table.block_tables[request.row]
         if copies:
-            index, target = request.num_computed // self.page_size, new.pop()
-            source, pages[index], blocks[index] = pages[index], target, target
+            source, target = pages[index], new.pop()
+            pages[index] = blocks[index] = target
             self._copies[request] = source, target
             self.pool.free([source])
         blocks[len(pages) : len(pages) + missing] = new
         pages.extend(new)
+        return True
 
     def take_copies(self) -> list[tuple[int, int]]:
         """The copies that `extend` has promised, in their order, each told once.

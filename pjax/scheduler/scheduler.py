@@ -170,22 +170,24 @@ class Scheduler:
         """The next step, or None when there is nothing to do. Pages for all its tokens are allocated."""
         budget = self.max_num_batched_tokens
         given: dict[Request, int] = {}
-        decode = [r for r in self._running if r.num_tokens - r.num_computed == 1]
-        prefill = [r for r in self._running if r.num_tokens - r.num_computed > 1]
+        behind = [(request, request.num_tokens - request.num_computed) for request in self._running]
+        decode = [item for item in behind if item[1] == 1]
+        prefill = [item for item in behind if item[1] > 1]
         preempted = False
-        for request in decode + prefill:
+        for request, count in decode + prefill:
             if budget == 0:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one in this very step
-            count = min(budget, request.num_tokens - request.num_computed)
-            while request.status is RequestStatus.RUNNING and not self.kv.can_extend(request, request.num_computed + count):
+            count = min(budget, count)
+            while not self.kv.extend(request, request.num_computed + count):
                 victim = self._running[-1]
                 budget += given.pop(victim, 0)
                 self._preempt(victim)
                 preempted = True
-            if request.status is RequestStatus.RUNNING:
-                self.kv.extend(request, request.num_computed + count)
+                if victim is request:
+                    break
+            else:
                 given[request] = count
                 budget -= count
         for request, count in given.items():
