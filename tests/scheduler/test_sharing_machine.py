@@ -1,0 +1,290 @@
+"""Random requests, samples, beams, aborts, preemptions, evictions and failing steps on a fake device that remembers contents.
+
+A slot of the fake device holds a number that stands for its token and all tokens before it, as keys and values do. A
+page that is lost, shared too long, not copied, or found under a wrong key shows as a wrong number at the next read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pjax.outputs import RequestMetrics
+from pjax.params import BeamSearchParams, SamplingParams
+from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
+from pjax.scheduler.beam import BeamSearch, Candidates
+
+VOCAB, EOS, POISON = 16, 0, -1
+
+
+def chain(salt: str | None, tokens: list[int]) -> list[int]:
+    """What the slots of these tokens hold."""
+    held = [hash((11, len(salt or "")))]  # of numbers only: hashes of strings differ from process to process
+    for token in tokens:
+        held.append(hash((held[-1], token)))
+    return held[1:]
+
+
+def next_token(held: int, index: int) -> int:
+    """The fake model's draw of sample `index` after a slot that holds `held`."""
+    return hash((held, index, 3)) % VOCAB
+
+
+def candidates_after(held: int) -> Candidates:
+    """The fake model's log-probabilities, the likeliest first."""
+    logprobs = -np.array([hash((held, token)) % 9973 + 1 for token in range(VOCAB)], np.float32) / 1000
+    order = np.argsort(-logprobs, kind="stable").astype(np.int32)
+    return order, logprobs[order]
+
+
+def sample_alone(request: Request, max_model_len: int) -> list[int]:
+    """What a sample generates with the device for itself."""
+    output: list[int] = []
+    while True:
+        output.append(next_token(chain(request.cache_salt, request.prompt_token_ids + output)[-1], request.index))
+        if output[-1] == EOS or len(output) == request.max_tokens or len(request.prompt_token_ids) + len(output) == max_model_len:
+            return output
+
+
+def search_alone(request: Request) -> list[tuple[float, list[int]]]:
+    """What a beam search finds, its beams kept as lists."""
+    assert request.beam is not None
+    search = BeamSearch(request.beam.params, request.beam.max_tokens, request.beam.eos_token_ids)
+    outputs: list[list[int]] = [[]]
+    while not search.done:
+        held = [chain(request.cache_salt, request.prompt_token_ids + output)[-1] for output in outputs]
+        chosen = search.choose(outputs, [candidates_after(value) for value in held])
+        outputs = [[*outputs[beam], token] for beam, token in chosen]
+    return [(found.score, found.tokens) for found in search.finished]
+
+
+class FakeDevice:
+    """Pages as the real step has them. A step copies, then all rows write, then all rows read."""
+
+    def __init__(self, scheduler: Scheduler, num_pages: int, page_size: int) -> None:
+        self.scheduler = scheduler
+        self.pages = np.full((num_pages, page_size), POISON)
+
+    def forget(self) -> None:
+        """Spoils the pages that nobody owns or may find."""
+        pool = self.scheduler.pool
+        for page_id in range(pool.num_pages):
+            if pool.num_owners(page_id) == 0 and pool._keys[page_id] is None:
+                self.pages[page_id] = POISON
+
+    def run(self, plan: StepPlan) -> list[int]:
+        """What the last slot of each of `plan.sampled` holds."""
+        pool, tables = self.scheduler.pool, self.scheduler.table.block_tables
+        for source, target in plan.copies.tolist():
+            assert pool.num_owners(target) == 1
+            self.pages[target] = self.pages[source]
+        written: Counter[tuple[int, int]] = Counter()
+        ends = (plan.starts + plan.counts).tolist()
+        for request, row, start, end in zip(plan.requests, plan.rows, plan.starts.tolist(), ends, strict=True):
+            held = chain(request.cache_salt, self.scheduler.table.tokens[row, :end].tolist())
+            for position in range(start, end):
+                index, offset = divmod(position, self.pages.shape[1])
+                self.pages[tables[row, index], offset] = held[position]
+                written[int(tables[row, index]), offset] += 1
+        assert not written or max(written.values()) == 1, "two rows write one slot"
+        for (page_id, _), _ in written.items():
+            key = pool._keys[page_id]
+            assert pool.num_owners(page_id) == 1 or key is not None, "a page is written that others own"
+        for request, row, end in zip(plan.requests, plan.rows, ends, strict=True):
+            own = (request.prompt_token_ids + request.output_token_ids)[:end]
+            page, offset = np.divmod(np.arange(end), self.pages.shape[1])
+            assert self.pages[tables[row][page], offset].tolist() == chain(request.cache_salt, own)
+        last = [ends[source] - 1 for source in plan.sample_sources]
+        rows = [int(plan.rows[source]) for source in plan.sample_sources]
+        size = self.pages.shape[1]
+        return [int(self.pages[tables[row, i // size], i % size]) for row, i in zip(rows, last, strict=True)]
+
+
+class SharingMachine(RuleBasedStateMachine):
+    """The model: unfinished requests as groups of sequences."""
+
+    num_operations: ClassVar[int] = 0
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(
+        sizes=st.tuples(st.integers(2, 14), st.integers(1, 4), st.integers(4, 32), st.integers(1, 5), st.integers(0, 9)),
+        caching=st.booleans() | st.just(True),
+    )
+    def start(self, sizes: tuple[int, ...], caching: bool) -> None:
+        self.num_pages, self.page_size, self.length, self.rows, more = sizes
+        self.scheduler = Scheduler(
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            max_model_len=self.length,
+            max_num_seqs=self.rows,
+            max_num_batched_tokens=self.rows + more,
+            enable_prefix_caching=caching,
+        )
+        self.device = FakeDevice(self.scheduler, self.num_pages, self.page_size)
+        self.groups: list[list[Request]] = []
+        self.searches: list[Request] = []
+        self.num_requests = 0
+
+    def count(self, name: str) -> None:
+        SharingMachine.num_operations += 1
+        SharingMachine.seen[name] += 1
+
+    def sequences(self, status: RequestStatus) -> list[Request]:
+        return [request for group in self.groups for request in group if request.status is status]
+
+    @rule(
+        base=st.integers(0, 2),
+        keep=st.integers(0, 9),
+        more=st.lists(st.integers(1, VOCAB - 1), max_size=4),
+        max_tokens=st.integers(1, 24),
+        n=st.sampled_from([1, 1, 2, 3, 6]),
+        width=st.sampled_from([0, 0, 2, 3]),
+        salt=st.sampled_from([None, None, "a"]),
+    )
+    def add(self, base: int, keep: int, more: list[int], max_tokens: int, n: int, width: int, salt: str | None) -> None:
+        most = min(self.length - 1, self.num_pages * self.page_size)
+        prompt = ([1 + (base * 3 + i * (base + 1)) % (VOCAB - 1) for i in range(keep)] + [*more, 1])[:most]
+        max_tokens = min(max_tokens, most + 1 - len(prompt))
+        width = min(width, self.rows)
+        eos = frozenset([EOS])
+        search = BeamSearch(BeamSearchParams(beam_width=width, max_tokens=max_tokens), max_tokens, eos) if width else None
+        self.num_requests += 1
+        common: dict[str, Any] = {
+            "request_id": str(self.num_requests),
+            "prompt_token_ids": prompt,
+            "params": SamplingParams(),
+            "max_tokens": max_tokens,
+            "stop_token_ids": frozenset(),
+            "eos_token_ids": eos,
+            "seed": 0,
+            "metrics": RequestMetrics(arrival_time=0.0),
+            "cache_salt": salt,
+            "beam": search,
+        }
+        group = [Request(**common, index=index) for index in range(width or n)]
+        self.scheduler.add(*group)
+        self.groups.append(group)
+        self.count("beam search" if width else "samples" if n > 1 else "add")
+
+    @precondition(lambda self: self.groups)
+    @rule(index=st.integers(0, 9))
+    def abort(self, index: int) -> None:
+        group = self.groups.pop(index % len(self.groups))
+        assert self.scheduler.abort(group[0].request_id)
+        assert all(request.status is RequestStatus.FINISHED and request.row == -1 for request in group)
+        self.count("abort")
+
+    @precondition(lambda self: any(r.beam is None for r in self.sequences(RequestStatus.RUNNING)))
+    @rule(index=st.integers(0, 9))
+    def stop_one_sample(self, index: int) -> None:
+        """As a stop string does: after it has a token, so never one that others follow."""
+        running = [r for r in self.sequences(RequestStatus.RUNNING) if r.beam is None and r.output_token_ids]
+        if running:
+            self.scheduler.finish(running[index % len(running)], "stop", "text")
+            self.tidy()
+            self.count("stop")
+
+    @precondition(lambda self: self.sequences(RequestStatus.RUNNING))
+    @rule(index=st.integers(0, 9))
+    def preempt(self, index: int) -> None:
+        running = self.sequences(RequestStatus.RUNNING)
+        self.scheduler._preempt(running[index % len(running)])
+        self.count("preempt")
+
+    @precondition(lambda self: self.groups)
+    @rule(share=st.floats(0, 1))
+    def evict(self, share: float) -> None:
+        """Somebody else takes free pages, kept ones too, writes them and gives them back."""
+        pool = self.scheduler.pool
+        taken = pool.allocate(int(share * pool.num_free))
+        self.device.pages[taken] = POISON
+        pool.free(taken)
+        self.count("evict")
+
+    @precondition(lambda self: self.groups)
+    @rule(really=st.sampled_from([False, False, True]))
+    def failing_step(self, really: bool) -> None:
+        """Planned, but never computed; the device has lost everything."""
+        if not really:
+            return
+        self.scheduler.schedule()
+        self.scheduler.preempt_all()
+        self.device.pages[:] = POISON
+        self.count("failure")
+
+    @precondition(lambda self: self.groups)
+    @rule(count=st.integers(1, 3), abort=st.sampled_from([None, None, None, 0, 3]))
+    def steps(self, count: int, abort: int | None) -> None:
+        for number in range(count):
+            self.step(abort if number == 0 else None)
+
+    def step(self, abort: int | None = None) -> None:
+        """One step; `abort` ends a request while it is computed."""
+        self.device.forget()
+        plan = self.scheduler.schedule()
+        self.consistent()
+        self.count("step")
+        if plan is None:
+            assert not self.groups, "somebody waits, but nothing is computed"
+            return
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert max(len(plan.requests), len(plan.sampled)) <= self.rows and len(plan.copies) <= len(plan.requests)
+        SharingMachine.seen["copy"] += len(plan.copies)
+        held = self.device.run(plan)
+        if abort is not None and self.groups:
+            self.abort(abort)
+        tokens = [next_token(value, request.index) for value, request in zip(held, plan.sampled, strict=True)]
+        top = [candidates_after(value) for value in held]
+        stacked = (np.array([t for t, _ in top], np.int32), np.array([p for _, p in top], np.float32))
+        for request in self.scheduler.commit(plan, tokens, 1.0, stacked):
+            if request.beam is not None:
+                assert [(f.score, f.tokens) for f in request.beam.finished] == search_alone(request)
+                SharingMachine.seen["search done"] += 1
+                continue
+            expected = sample_alone(request, self.length)
+            assert request.output_token_ids == expected[: len(request.output_token_ids)], "as if it had the device for itself"
+            assert (request.finish_reason is not None) == (len(request.output_token_ids) == len(expected))
+        SharingMachine.seen["cached"] += sum(request.num_cached_tokens or 0 for group in self.groups for request in group[:1])
+        self.tidy()
+        self.consistent()
+
+    def tidy(self) -> None:
+        self.groups = [group for group in self.groups if any(r.status is not RequestStatus.FINISHED for r in group)]
+
+    @invariant()
+    def consistent(self) -> None:
+        self.scheduler.check()
+        running = self.sequences(RequestStatus.RUNNING)
+        assert len(running) == self.scheduler.num_running <= self.rows
+        assert self.scheduler.has_work == bool(self.groups)
+        most = sum(-(-request.num_tokens // self.page_size) for request in running)
+        assert self.scheduler.pool.num_used <= most, "pages beyond what tokens need, or pages that nobody frees"
+
+    def teardown(self) -> None:
+        """Whatever is left ends by itself, and leaves nothing."""
+        if not hasattr(self, "scheduler"):
+            return
+        left = 3000
+        while self.groups:
+            self.step()
+            left -= 1
+            assert left, "no end"
+        assert self.scheduler.pool.num_used == 0 and self.scheduler.table.num_free_rows == self.rows
+
+
+TestSharing = SharingMachine.TestCase
+TestSharing.settings = settings(
+    max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def test_the_machine_has_done_enough() -> None:
+    """Runs after it, in this file's order."""
+    assert SharingMachine.num_operations >= 10_000, SharingMachine.seen
+    for name in ("add", "samples", "beam search", "search done", "abort", "stop", "preempt", "evict", "failure", "copy", "cached"):
+        assert SharingMachine.seen[name] >= 10, (name, SharingMachine.seen)
