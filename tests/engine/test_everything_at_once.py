@@ -1,0 +1,65 @@
+"""Greedy tokens beside prefix hits, forks, beams, chunks and preemption, all in one crowded engine that has been warmed up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pjax import LLM, BeamSearchParams, SamplingParams
+from tests.tiny import CONFIG, write_model
+
+VOCAB = CONFIG["vocab_size"]
+SIZES: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 24, "progress": False}
+
+
+@pytest.mark.slow
+def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    rng = np.random.default_rng(11)
+    shared = rng.integers(0, VOCAB, 40).tolist()
+    prompts = [shared[: rng.integers(1, 41)] + rng.integers(0, VOCAB, rng.integers(1, 20)).tolist() for _ in range(24)]
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    alone = LLM(folder, **SIZES, lazy=True, num_pages=40, enable_prefix_caching=False)
+    expected = [alone.generate([prompt], greedy, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    beams = BeamSearchParams(beam_width=3, max_tokens=10)
+    expected_beams = [output.sequences for output in alone.beam_search(prompts[:6], beams)]
+
+    llm = LLM(folder, **SIZES, num_pages=7)
+    engine, warm = llm.engine, llm.engine.runner.num_compilations
+    names: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        names[engine.add_request(prompt, greedy)] = index
+        engine.add_request(prompt, SamplingParams(n=3, max_tokens=20, seed=index, ignore_eos=True), f"samples {index}")
+        if index < 6:
+            engine.add_request(prompt, beams, f"beams {index}")
+        if index % 5 == 0:
+            engine.step()
+            engine.abort_request(f"samples {index - 1}")
+    copies = preemptions = cached = 0
+    done: dict[str, Any] = {}
+    take_copies = engine.scheduler.kv.take_copies
+
+    def counted() -> Any:
+        nonlocal copies
+        taken = take_copies()
+        copies += len(taken)
+        return taken
+
+    engine.scheduler.kv.take_copies = counted  # type: ignore[method-assign]
+    while engine.has_unfinished_requests:
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+                preemptions += output.metrics.num_preemptions
+                cached += output.num_cached_tokens
+        engine.scheduler.check()
+    for name, index in names.items():
+        assert done[name].outputs[0].token_ids == expected[index]
+    for index, sequences in enumerate(expected_beams):
+        assert [prompts[index] + one.token_ids for one in done[f"beams {index}"].outputs] == [one.tokens for one in sequences]
+    assert copies > 20 and preemptions > 0 and cached > 200, (copies, preemptions, cached)
+    assert engine.runner.num_compilations == warm
+    assert engine.scheduler.pool.num_used == 0
