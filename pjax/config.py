@@ -8,7 +8,7 @@ from pjax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYER_MODES = ("auto", "unroll", "scan", "loop")
-ATTENTION_BACKENDS = ("native", "tpu", "xla", "reference")
+ATTENTION_BACKENDS = ("native", "tpu", "triton", "mosaic_gpu", "xla", "reference")
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
