@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
 
 
 def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int]:
     """Shape of the pool, `[L·P, G, 2·K·H]`."""
     return num_layers * num_pages, page_size, 2 * num_kv_heads * head_size
+
+
+def pool_format(sharding: jax.sharding.Sharding) -> Format:
+    """The pool's order in memory, for `jax.jit` and `ShapeDtypeStruct`: as its axes say.
+
+    Left to itself, XLA may choose another for an argument on a TPU when a row is not a multiple of 128 numbers, and copy the
+    whole pool to turn it round.
+    """
+    return Format(Layout(major_to_minor=(0, 1, 2)), sharding)
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -98,6 +100,22 @@ class SamplingTable:
 
         fields = (take(self.temperature, 0), take(self.top_k, 0), take(self.top_p, 1), take(self.min_p, 0), take(self.seed, 0))
         return SamplingArrays(*fields, take(self.num_logprobs, -1), take(self.logprob_temperature, 1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
+
+
+def input_struct(bucket: Bucket, table_width: int) -> StepInput:
+    """Shapes and types of a bucket's arrays, for block tables [S, W]."""
+    rows = bucket.num_rows
+
+    def ints(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def floats(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, table_width), ints(), decode_only=bucket.decode_only)
+    seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
+    sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows), floats(rows))
+    return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), ints(rows, 2), ints(), sampling)
 
 
 def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> StepInput:

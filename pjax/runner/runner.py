@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from pjax.errors import ConfigError
 from pjax.models import ModelSource
-from pjax.pallas_kernels import RaggedBatch
-from pjax.pallas_kernels.pages import page_bytes, pool_shape
+from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
 from pjax.params import MAX_CANDIDATES
-from pjax.runner.batch import Bucket, Ints, SamplingTable, StepInput, find_bucket, make_buckets, pack
-from pjax.runner.sampler import Sampled, SamplingArrays
-from pjax.runner.step import make_step
+from pjax.runner.batch import Bucket, Ints, SamplingTable, find_bucket, input_struct, make_buckets, pack
+from pjax.runner.sampler import Sampled
+from pjax.runner.step import jit_step, make_step
 from pjax.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -65,15 +65,17 @@ class ModelRunner:
         self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
         self._params: list[jax.Array] | None = None
         c = model.config
-        self._pool_shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
+        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
+        self._pool_format = pool_format(SingleDeviceSharding(jax.local_devices()[0]))
+        self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
         try:
-            self._pages = jnp.zeros(self._pool_shape, config.kv_cache_dtype)
+            self._pages = self._new_pool()
         except (RuntimeError, MemoryError) as error:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._sampling = SamplingTable(config.max_num_seqs)
         step = make_step(model.graph, self._structure, min(MAX_CANDIDATES, c.vocab_size), config.attention_backend)
-        self._step = jax.jit(step, donate_argnums=1)
+        self._step = jit_step(step, self._pool_format)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
@@ -105,8 +107,12 @@ class ModelRunner:
         """
         if not self._pages.is_deleted():
             return False
-        self._pages = jnp.zeros(self._pool_shape, self.config.kv_cache_dtype)
+        self._pages = self._new_pool()
         return True
+
+    def _new_pool(self) -> jax.Array:
+        struct = self._pool_struct
+        return jax.jit(lambda: jnp.zeros(struct.shape, struct.dtype), out_shardings=self._pool_format)()
 
     def _to_host(self, sampled: Sampled, count: int) -> StepResult:
         host = jax.device_get(sampled)
@@ -140,27 +146,11 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        compiled = self._step.lower(self._abstract_params, self._pages_struct(), self._input_struct(bucket)).compile()
+        compiled = self._step.lower(
+            self._abstract_params, self._pool_struct, input_struct(bucket, -(-self.config.max_model_len // self.config.page_size))
+        ).compile()
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return compiled
-
-    def _pages_struct(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self._pool_shape, self.config.kv_cache_dtype)
-
-    def _input_struct(self, bucket: Bucket) -> StepInput:
-        rows = bucket.num_rows
-        width = -(-self.config.max_model_len // self.config.page_size)
-
-        def ints(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-        def floats(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, width), ints(), decode_only=bucket.decode_only)
-        seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
-        sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows), floats(rows))
-        return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), ints(rows, 2), ints(), sampling)
 
     def close(self) -> None:
         """Stops the compiling threads; what they have not begun is dropped."""

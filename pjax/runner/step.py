@@ -34,6 +34,11 @@ def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None
     return step
 
 
+def jit_step(step: Any, pool_format: Any) -> Any:
+    """The step, jitted: the pool is given away and comes back in its own place and order."""
+    return jax.jit(step, donate_argnums=1, out_shardings=(pool_format, None))
+
+
 def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_layers: int) -> jax.Array:
     """The pool [L·P, G, 2·K·H] with pages copied over all layers, one after the other; in place when `pages` is donated.
 
