@@ -25,6 +25,7 @@ CASES = {
     "chunk": ([(37, 190), (64, 64), (3, 258)], 128, 4),
     "mixed": ([(1, 40), (1, 3), (1, 129), (70, 70), (2, 2), (5, 140), (65, 201)], 160, 12),
     "padding": ([], 16, 4),
+    "long": ([(1, 5000), (600, 3000)], 640, 2),
     "narrow": ([(1, 9), (3, 20)], 8, 8),
 }
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -85,7 +86,8 @@ def make_step(feature: Feature, *, seed: int = 0) -> Step:
     rng = np.random.default_rng(seed)
     num_pages = sum(-(-kv // page_size) for _, kv in rows) + 3
     order = rng.permutation(num_pages - 2) + 1
-    tables = np.zeros((num_rows, 300 // page_size + 2), np.int32)
+    longest = max((kv_len for _, kv_len in rows), default=0)
+    tables = np.zeros((num_rows, max(longest, 300) // page_size + 2), np.int32)
     row_starts, kv_lens = np.zeros(num_rows + 1, np.int32), np.zeros(num_rows, np.int32)
     width = num_kv_heads * head_size
     before = np.full((num_pages * page_size, 2 * width), np.nan, dtype)

@@ -128,6 +128,11 @@ class _Shared(NamedTuple):
     free: Any  # barrier of each slot: all warpgroups are done with it
 
 
+def _one(barriers: Any, index: Any) -> Any:
+    """One of several barriers; from JAX 0.12 on a lone one has no axis."""
+    return barriers.at[index] if barriers.shape else barriers
+
+
 # ---- the call
 
 
@@ -308,7 +313,7 @@ def _copy(pages: Any, tables: Any, row: Any, head: Any, span: _Span, shared: _Sh
 
         @pl.when(index >= spec.slots)
         def wait_for_slot() -> None:
-            plgpu.barrier_wait(shared.free.at[slot])
+            plgpu.barrier_wait(_one(shared.free, slot))
 
         begin = (span.begin + index) * spec.block
         inside = lax.rem(begin, jnp.int32(spec.page_size)) if spec.page_size > spec.block else 0
@@ -321,23 +326,23 @@ def _copy(pages: Any, tables: Any, row: Any, head: Any, span: _Span, shared: _Sh
                 source = pages.at[page, pl.ds(inside, spec.box), lane_head]
                 plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(j * spec.box, spec.box)], barrier)
 
-        start(head, shared.keys, shared.keys_there.at[slot])
+        start(head, shared.keys, _one(shared.keys_there, slot))
         full = begin + spec.block <= span.stop
 
         @pl.when(full)
         def copy_values() -> None:
-            start(spec.options.num_kv_heads + head, shared.values, shared.values_there.at[slot])
+            start(spec.options.num_kv_heads + head, shared.values, _one(shared.values_there, slot))
 
         @pl.when(jnp.logical_not(full))
         def copy_and_clean_values() -> None:
-            start(spec.options.num_kv_heads + head, shared.values, shared.tail_there.at[0])
-            plgpu.barrier_wait(shared.tail_there.at[0])
+            start(spec.options.num_kv_heads + head, shared.values, _one(shared.tail_there, 0))
+            plgpu.barrier_wait(_one(shared.tail_there, 0))
             _clean(shared.values.at[slot], span.stop - begin, spec)
             for _ in range(spec.copies):
-                plgpu.barrier_arrive(shared.values_there.at[slot])
+                plgpu.barrier_arrive(_one(shared.values_there, slot))
 
     def drain(index: Any, _: None) -> None:
-        plgpu.barrier_wait(shared.free.at[lax.rem(index, jnp.int32(spec.slots))])
+        plgpu.barrier_wait(_one(shared.free, lax.rem(index, jnp.int32(spec.slots))))
 
     lax.fori_loop(0, span.length, fetch, None)
     lax.fori_loop(jnp.maximum(span.length - spec.slots, 0), span.length, drain, None)  # no arrival goes unseen
@@ -358,8 +363,8 @@ def _load_queries(q: Any, warpgroup: Any, shared: _Shared, spec: _Spec) -> None:
         target[...] = _in_layout(jnp.zeros(target.shape, target.dtype), LAYOUT, spec)
         plgpu.commit_smem()
         target = target.at[pl.ds(0, spec.rows)]
-    plgpu.copy_gmem_to_smem(q, target, shared.q_there.at[warpgroup])
-    plgpu.barrier_wait(shared.q_there.at[warpgroup])
+    plgpu.copy_gmem_to_smem(q, target, _one(shared.q_there, warpgroup))
+    plgpu.barrier_wait(_one(shared.q_there, warpgroup))
 
 
 def _multiply(position: Any, span: _Span, warpgroup: Any, shared: _Shared, spec: _Spec) -> tuple[Any, Any]:
@@ -370,7 +375,7 @@ def _multiply(position: Any, span: _Span, warpgroup: Any, shared: _Shared, spec:
     def step(index: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         acc, top, total = carry
         slot = lax.rem(index, jnp.int32(spec.slots))
-        plgpu.barrier_wait(shared.keys_there.at[slot])
+        plgpu.barrier_wait(_one(shared.keys_there, slot))
         scores = _capped(_scores(queries, shared.keys.at[slot], spec), spec)
         # A key is seen when key - position <= row // R, without the division.
         ahead = (_iota(scores.shape, 1, spec) + ((span.begin + index) * spec.block - position)) * spec.ratio
@@ -385,9 +390,9 @@ def _multiply(position: Any, span: _Span, warpgroup: Any, shared: _Shared, spec:
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
         total = total * shrink + weights.sum(axis=1)
         acc = acc * lax.broadcast_in_dim(shrink, wide, [0])
-        plgpu.barrier_wait(shared.values_there.at[slot])
+        plgpu.barrier_wait(_one(shared.values_there, slot))
         acc = _add_product(acc, weights.astype(queries.dtype), shared.values.at[slot], spec)
-        plgpu.barrier_arrive(shared.free.at[slot])
+        plgpu.barrier_arrive(_one(shared.free, slot))
         return acc, new_top, total
 
     start = (
