@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from pjax import LLM, BeamSearchParams, SamplingParams
 
@@ -21,8 +23,6 @@ LOGPROB_TOLERANCE = 1e-3
 
 @pytest.fixture(scope="module")
 def reference(demo_gguf: Path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.set_num_threads(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +50,6 @@ def prompts_of(llm: LLM) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
 
     prompts = prompts_of(crowded)
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=0)
@@ -77,7 +76,6 @@ def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: py
 
 def test_generate_of_transformers_itself(crowded: LLM, reference) -> None:
     """Not only by induction."""
-    import torch
 
     for text in ("The capital of France is", "def fibonacci(n):"):
         ids = crowded.get_tokenizer().encode(text)
@@ -90,7 +88,6 @@ def test_generate_of_transformers_itself(crowded: LLM, reference) -> None:
 
 
 def test_beam_search_of_transformers_itself(crowded: LLM, reference) -> None:
-    import torch
 
     text = "The three laws of robotics are"
     ids = crowded.get_tokenizer().encode(text)

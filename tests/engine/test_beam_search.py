@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from pjax import LLM, BeamSearchParams, InvalidRequestError, SamplingParams
 from tests.tiny import CONFIG, write_model
@@ -37,16 +39,12 @@ def llm(folder: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def found_by_transformers(model: Any, prompt: list[int], params: BeamSearchParams, eos: list[int]) -> list[tuple[list[int], float]]:
-    import torch
-
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output = model.generate(
@@ -99,7 +97,7 @@ def check(llm: LLM, reference: Any, params: BeamSearchParams, eos: list[int], pr
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 def test_as_transformers(llm: LLM, reference: Any, width: int, early_stopping: bool | str) -> None:
     if width == 1:
-        pytest.importorskip("transformers")  # its generate() takes num_beams=1 for greedy search, which has no scores
+        # transformers' generate() takes num_beams=1 for greedy search, which has no scores.
         params = BeamSearchParams(beam_width=1, max_tokens=12, early_stopping=early_stopping, ignore_eos=True)
         greedy = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
         outputs = llm.beam_search(PROMPTS, params)
