@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pjax.config import EngineConfig
 from pjax.errors import ConfigError, InvalidRequestError
 from pjax.memory import choose_num_pages, describe_pool
 from pjax.models import open_model
+from pjax.models.given import match, source_of
 from pjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, SamplingParams
 from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
@@ -61,14 +63,28 @@ class LLMEngine:
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, *, skip_tokenizer_init: bool = False, progress: bool = True
+        self,
+        model: Any,
+        config: EngineConfig | None = None,
+        *,
+        params: Any = None,
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        progress: bool = True,
     ) -> None:
         self.config = config = config or EngineConfig()
         use_compilation_cache(config.compilation_cache_dir)
         platform = jax.default_backend()
         layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
-        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(source.path)
+        if isinstance(model, str | Path):
+            source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
+        else:
+            source = source_of(model)
+            if tokenizer is None and not skip_tokenizer_init:
+                raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
+        self._abstract = source.abstract
+        given = None if params is None else match(source.abstract, params)
+        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
         self.model_config = source.config
         self.max_model_len = self._resolve_length(source.config.max_position)
         self._eos = frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ())
@@ -89,7 +105,8 @@ class LLMEngine:
         self._names = itertools.count()
         self._numbers = itertools.count()
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
-        self._weights: Future[Any] | None = self._loading.submit(source.load, progress=progress)
+        load = partial(source.load, progress=progress) if given is None else lambda: given
+        self._weights: Future[Any] | None = self._loading.submit(load)
         if not config.lazy:
             self.runner.warmup(progress=progress)
             self._wait_for_weights()
@@ -99,6 +116,29 @@ class LLMEngine:
             self.runner.set_params(self._weights.result())
             self._weights = None
             self._loading.shutdown()
+
+    @property
+    def params(self) -> Any:
+        """The parameters, an NNX state of the very arrays that the steps read."""
+        self._wait_for_weights()
+        return jax.tree.unflatten(jax.tree.structure(self._abstract), self.runner.params)
+
+    def update_params(self, params: Any, *, restart: bool = False) -> None:
+        """Swaps the parameters between two steps, without a copy; cached prefixes are dropped.
+
+        Requests that run go on with the keys and values that they have, or, with `restart`, compute all their tokens again.
+
+        Args:
+          params: a state as `params` gives it, a module, or a tree of dictionaries with its names; shapes and types must be the same.
+
+        Raises ConfigError, and changes nothing, when they do not fit.
+        """
+        given = match(self._abstract, params)
+        self._wait_for_weights()
+        self.runner.set_params(given)
+        if restart:
+            self.scheduler.preempt_all()
+        self.scheduler.kv.forget()
 
     def prefetch(self) -> None:
         """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""

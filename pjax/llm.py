@@ -24,7 +24,10 @@ class LLM:
     """A model ready to generate.
 
     Args:
-      model: a Hugging Face folder, a .gguf file, or a hub id.
+      model: a Hugging Face folder, a .gguf file, or a hub id; or a model of pjax (`pjax.models.load`) that holds its parameters.
+      params: parameters to use instead of the checkpoint's: a module, its state, or a tree of dictionaries with its names. They
+        are used where they are, without a copy.
+      tokenizer: a path or hub id, where it is not the model's.
       dtype: "auto", "float32", "bfloat16" or "float16".
       skip_tokenizer_init: token ids in, token ids out; the checkpoint needs no tokenizer.
       progress: show progress bars and log messages.
@@ -34,12 +37,26 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path, *, dtype: str = "auto", skip_tokenizer_init: bool = False, progress: bool = True, **options: Any
+        self,
+        model: Any,
+        *,
+        params: Any = None,
+        tokenizer: str | Path | None = None,
+        dtype: str = "auto",
+        skip_tokenizer_init: bool = False,
+        progress: bool = True,
+        **options: Any,
     ) -> None:
         config = EngineConfig(dtype=dtype, **options)
         if progress:
             show_logs()
-        self.engine = LLMEngine(model, config, skip_tokenizer_init=skip_tokenizer_init, progress=progress)
+        self.engine = LLMEngine(
+            model, config, params=params, tokenizer=tokenizer, skip_tokenizer_init=skip_tokenizer_init, progress=progress
+        )
+
+    def update_params(self, params: Any, *, restart: bool = False) -> None:
+        """Swaps the parameters; see `LLMEngine.update_params`."""
+        self.engine.update_params(params, restart=restart)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; InvalidRequestError when it was skipped."""

@@ -84,6 +84,12 @@ class ModelRunner:
         """Gives the weights, a state as `ModelSource.load` returns it; compilation may begin before."""
         self._params = jax.tree.leaves(params)
 
+    @property
+    def params(self) -> list[jax.Array]:
+        """The weights, flat."""
+        assert self._params is not None, "weights are given before anything runs"
+        return self._params
+
     def execute(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> StepResult:
         """Runs one step and waits for its tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 
@@ -117,6 +118,11 @@ class KVManager:
         for index in range(known, count):
             self.pool.remember(pages[index], keys[index])
         self._num_remembered[request] = count
+
+    def forget(self) -> None:
+        """Nobody finds any page any more, nor those that running requests will fill: they stand on pages of the past."""
+        self.pool.forget()
+        self._num_remembered = dict.fromkeys(self._num_remembered, sys.maxsize)
 
     def release(self, request: Request) -> None:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""

@@ -1,0 +1,63 @@
+"""Parameters that the caller holds on the device already: used where they are, never copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pjax.errors import ConfigError
+from pjax.models import ModelSource
+
+MAX_SHOWN = 5
+
+
+def source_of(model: Any) -> ModelSource:
+    """A module of pjax with its parameters, as `open_model` gives a checkpoint; `load` gives the module's own arrays.
+
+    Raises ConfigError when it is no such module, or its parameters have several types.
+    """
+    if not isinstance(model, nnx.Module) or not hasattr(model, "config"):
+        raise ConfigError(f"model is {type(model).__name__}, but must be a path, a hub id or a model of pjax (see pjax.models.load)")
+    graph, state = nnx.split(model)
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)})
+    if len(dtypes) != 1:
+        raise ConfigError(f"the model's parameters are {', '.join(dtypes)}, but must be of one type")
+    return ModelSource(
+        config=model.config,
+        graph=graph,
+        abstract=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state),
+        eos_token_ids=(),
+        path=Path(type(model).__name__),
+        dtype=dtypes[0],
+        read_weights=lambda progress, shardings: state,
+    )
+
+
+def match(abstract: Any, params: Any) -> Any:
+    """The parameters as a state like `abstract`: of a module, a state, or a tree of dictionaries with its names.
+
+    Raises ConfigError that names the parameters that are missing, too many, or of another shape or type.
+    """
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params)
+    found = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    wanted = jax.tree.leaves_with_path(abstract)
+    names = {_name(path): leaf for path, leaf in wanted}
+    lines = [f"missing: {name}" for name in names if name not in found] + [f"unknown: {name}" for name in found if name not in names]
+    for name, leaf in names.items():
+        given = found.get(name)
+        if given is not None and (given.shape, given.dtype) != (leaf.shape, leaf.dtype):
+            lines.append(f"{name} is {given.dtype}{list(given.shape)}, but must be {leaf.dtype}{list(leaf.shape)}")
+    if lines:
+        more = f"; {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+        raise ConfigError(f"params do not fit the model: {'; '.join(lines[:MAX_SHOWN])}{more}")
+    return jax.tree.unflatten(jax.tree.structure(abstract), [found[_name(path)] for path, _ in wanted])
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """`blocks.layers.0.norm.scale`, whatever kinds of nodes lead there; a variable's own value adds nothing."""
+    words = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    return ".".join(word for word in words if word != "value")
