@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["engine"] = {*MAY_IMPORT}
 MAY_IMPORT["llm"] = {*MAY_IMPORT}
 MAY_IMPORT["server"] = {*MAY_IMPORT} - {"llm"}
+MAY_IMPORT["verify"] = {"models", "errors"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 MAY_IMPORT["__main__"] = {*MAY_IMPORT}
 
@@ -212,7 +213,7 @@ def test_nothing_imports_torch() -> None:
         for path in python_files("pjax", "scripts")
         if path.name != "verify.py"
         for name in imports_of(path.read_text(encoding="utf-8"), module_name(path, ROOT), is_package=path.name == "__init__.py")
-        if name.split(".")[0] == "torch"
+        if name.split(".")[0] == "torch" and path.name != "verify.py"
     ]
     assert not wrong
 

@@ -1,0 +1,150 @@
+"""A checkpoint in pjax beside transformers: logits, each layer's input, greedy tokens. Needs torch and transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pjax.errors import ConfigError
+from pjax.models import forward, load
+
+LENGTHS = (1, 9, 40)  # of the random prompts
+TOLERANCE = 2e-3  # of a difference, in units of what is compared: its root mean square
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far pjax is from transformers somewhere: the largest difference over the values' root mean square."""
+
+    where: str
+    difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains it."""
+        return self.difference <= TOLERANCE  # not a NaN either
+
+
+@dataclass(frozen=True)
+class Report:
+    """Findings in the order of the computation, then the greedy tokens of both."""
+
+    findings: tuple[Finding, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    expected_tokens: tuple[tuple[int, ...], ...]
+
+    @property
+    def first_departure(self) -> Finding | None:
+        """The earliest finding that rounding does not explain."""
+        return next((finding for finding in self.findings if not finding.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two agree."""
+        return self.first_departure is None and self.tokens == self.expected_tokens
+
+    def __str__(self) -> str:
+        lines = [
+            f"{finding.where:24} {finding.difference:10.2e} {'' if finding.passed else 'DEPARTS'}".rstrip() for finding in self.findings
+        ]
+        same = sum(one == other for one, other in zip(self.tokens, self.expected_tokens, strict=True))
+        lines.append(f"{'greedy tokens':24} {same} of {len(self.tokens)} prompts equal")
+        departure = self.first_departure
+        verdict = "PASS" if self.passed else f"FAIL: first departs at {departure.where if departure else 'the greedy tokens'}"
+        return "\n".join([*lines, verdict])
+
+
+class _Recorder:
+    """Stands where a model's layer stack does, and keeps each layer's input."""
+
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+        self.inputs: list[np.ndarray] = []
+
+    def __call__(self, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
+        for index, layer in enumerate(self._blocks.layers):
+            self.inputs.append(np.asarray(carry[0], np.float64))
+            carry = body(layer, carry, index)
+        return carry
+
+
+def verify(model: str | Path, *, max_tokens: int = 16, prompts: Sequence[Sequence[int]] | None = None, seed: int = 0) -> Report:
+    """Compares a checkpoint (folder, .gguf file or hub id) in float32, on random token ids unless prompts are given.
+
+    Raises ConfigError when torch or transformers is missing, and what `pjax.models.load` raises.
+    """
+    ours = load(model, dtype="float32", progress=False)
+    theirs = _load_theirs(model)
+    rng = np.random.default_rng(seed)
+    limit = ours.config.max_position - max_tokens
+    lists = prompts or [rng.integers(0, ours.config.vocab_size, min(length, limit)).tolist() for length in LENGTHS]
+    findings = _layers(ours, theirs, max(lists, key=len))
+    tokens = tuple(tuple(_greedy(lambda ids: forward(ours, ids), prompt, max_tokens)) for prompt in lists)
+    expected = tuple(tuple(_greedy_theirs(theirs, prompt, max_tokens)) for prompt in lists)
+    return Report(tuple(findings), tokens, expected)
+
+
+def _load_theirs(model: str | Path) -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"verify compares with transformers, but {error.name} is missing: pip install torch transformers") from error
+    path = Path(model)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        return found.eval()
+
+
+def _layers(ours: Any, theirs: Any, prompt: Sequence[int]) -> list[Finding]:
+    import torch
+
+    with torch.inference_mode():
+        output = theirs(torch.tensor([list(prompt)]), output_hidden_states=True)
+    recorder = _Recorder(ours.blocks)
+    graph, state = nnx.split(ours)
+    recorded = nnx.merge(graph, state)
+    object.__setattr__(recorded, "blocks", recorder)
+    logits = np.asarray(forward(recorded, jnp.asarray([list(prompt)], jnp.int32)), np.float64)
+    found = [
+        _finding(f"input of layer {index}", mine, hidden[0].double().numpy())
+        for index, (mine, hidden) in enumerate(zip(recorder.inputs, output.hidden_states[:-1], strict=True))
+    ]
+    return [*found, _finding("logits", logits[0], output.logits[0].double().numpy())]
+
+
+def _finding(where: str, mine: np.ndarray, theirs: np.ndarray) -> Finding:
+    scale = float(np.sqrt(np.mean(theirs**2))) or 1.0
+    return Finding(where, float(np.abs(mine - theirs).max()) / scale)
+
+
+def _greedy(logits_of: Callable[[jax.Array], jax.Array], prompt: Sequence[int], count: int) -> list[int]:
+    """Whole sequences, padded to one length, so that one program serves all."""
+    tokens, length = list(prompt), len(prompt) + count
+    step = jax.jit(lambda ids, last: jnp.argmax(logits_of(ids)[0, last]))
+    for _ in range(count):
+        ids = jnp.asarray([tokens + [0] * (length - len(tokens))], jnp.int32)
+        tokens.append(int(step(ids, len(tokens) - 1)))
+    return tokens[len(prompt) :]
+
+
+def _greedy_theirs(theirs: Any, prompt: Sequence[int], count: int) -> list[int]:
+    import torch
+
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(theirs(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
