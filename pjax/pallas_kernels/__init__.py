@@ -2,6 +2,6 @@
 
 from pjax.pallas_kernels.kv_write import write_targets
 from pjax.pallas_kernels.paged_attention import RaggedBatch, paged_attention
-from pjax.pallas_kernels.pages import page_bytes, pool_shape, read_kv, write_kv
+from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape, read_kv, write_kv
 
-__all__ = ["RaggedBatch", "page_bytes", "paged_attention", "pool_shape", "read_kv", "write_kv", "write_targets"]
+__all__ = ["RaggedBatch", "page_bytes", "paged_attention", "pool_format", "pool_shape", "read_kv", "write_kv", "write_targets"]

@@ -34,6 +34,18 @@ def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: in
     return 2 * num_layers * page_size * num_kv_heads * head_size * jnp.dtype(dtype).itemsize
 
 
+def check_rows(pages: jax.Array, keys: jax.Array, values: jax.Array, num_tokens: int) -> None:
+    """Raises ValueError when keys and values are not [T, K, H] of numbers that fit the pool's rows."""
+    for name, array in (("keys", keys), ("values", values)):
+        if array.ndim != 3 or array.shape != keys.shape or array.shape[0] != num_tokens or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)}, but must be floating [T, K, H] with T {num_tokens}, "
+                f"like the keys {list(keys.shape)}"
+            )
+    if pages.ndim != 3 or pages.shape[2] != 2 * keys.shape[1] * keys.shape[2]:
+        raise ValueError(f"pages has shape {list(pages.shape)}, but must be [P, G, 2·K·H] of keys and values {list(keys.shape)}")
+
+
 def kv_rows(keys: jax.Array, values: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The pool's rows [T, 2·K·H] of keys and values [T, K, H]."""
     return jnp.stack([keys, values], axis=1).reshape(keys.shape[0], -1).astype(dtype)

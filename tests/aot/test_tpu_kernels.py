@@ -64,6 +64,12 @@ def test_float32(generation: str) -> None:
     check_memory(compile_attention(generation, SHAPES["SmolLM2-135M"], "float32", decode_only=False))
 
 
+@pytest.mark.parametrize("generation", ["v4", "v6e"])
+def test_window_and_soft_cap(generation: str) -> None:
+    options = {"sliding_window": 700, "logit_softcap": 50.0}
+    check_memory(compile_attention(generation, SHAPES["Llama-3-8B"], "bfloat16", decode_only=False, **options))
+
+
 @pytest.mark.parametrize("page_size", [8, 32, 64, 128])
 def test_every_page_size(page_size: int) -> None:
     check_memory(compile_attention("v5e", SHAPES["Llama-3-8B"], "bfloat16", decode_only=False, page_size=page_size))

@@ -79,13 +79,20 @@ def pool_struct(heads: tuple[int, int, int], dtype: str, page_size: int, shardin
 
 
 def compile_attention(
-    generation: str, heads: tuple[int, int, int], dtype: str, *, decode_only: bool, page_size: int = 16, width: int = 128
+    generation: str,
+    heads: tuple[int, int, int],
+    dtype: str,
+    *,
+    decode_only: bool,
+    page_size: int = 16,
+    width: int = 128,
+    **options: Any,
 ) -> Any:
     """Compiled attention of 64 decode rows, or of 256 tokens of 16 rows."""
     num_tokens, num_rows = (64, 64) if decode_only else (256, 16)
     return compile_for(
         chip(generation),
-        lambda q, pages, batch: paged_attention(q, pages, batch, num_kv_heads=heads[1], backend="tpu"),
+        lambda q, pages, batch: paged_attention(q, pages, batch, num_kv_heads=heads[1], backend="tpu", **options),
         jax.ShapeDtypeStruct((num_tokens, heads[0], heads[2]), dtype),
         pool_struct(heads, dtype, page_size),
         batch_struct(num_rows, width, decode_only=decode_only),

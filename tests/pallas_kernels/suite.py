@@ -28,7 +28,6 @@ CASES = {
     "long": ([(1, 5000), (600, 3000)], 640, 2),
     "narrow": ([(1, 9), (3, 20)], 8, 8),
 }
-TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,12 @@ class KernelSuite:
             return self.attend(q, pool, batch, num_kv_heads=feature.heads[1], **feature.options), pool
 
         out, pool = jax.jit(run, donate_argnums=0)(step.pool, step.q, step.keys, step.values, step.batch)
-        tolerance = TOLERANCE[feature.dtype]
         assert out.dtype == step.q.dtype
-        np.testing.assert_allclose(np.asarray(out, np.float64), step.expected, atol=tolerance, rtol=tolerance)
+        got = np.asarray(out, np.float64)
+        if feature.dtype == "float32":
+            np.testing.assert_allclose(got, step.expected, atol=2e-5, rtol=2e-5)
+        else:  # of each head's vector, its length
+            assert (np.linalg.norm(got - step.expected, axis=-1) <= 1e-2 * np.linalg.norm(step.expected, axis=-1)).all()
         np.testing.assert_array_equal(np.asarray(pool, np.float32), step.pool_after.astype(np.float32))
 
     def test_a_step_matches_float64_and_touches_only_its_slots(self, feature: Feature) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_kv
+from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_kv, write_targets
 from pjax.pallas_kernels.paged_attention import api, native
 from tests.pallas_kernels.suite import CASES, FEATURES, Feature, KernelSuite, Step, make_step
 
@@ -75,6 +75,8 @@ def test_a_write_changes_only_the_named_slots() -> None:
         ({"num_kv_heads": 4}, r"rows of 64, but must have 2·K·H = 128"),
         ({"backend": "tpo"}, "backend is 'tpo', but must be one of"),
         ({"sliding_window": 0}, "sliding_window is 0, but must be >= 1"),
+        ({"sliding_window": 4.5}, "sliding_window is 4.5, but must be an integer"),
+        ({"num_kv_heads": 2.0}, "num_kv_heads is 2.0, but must be an integer"),
         ({"logit_softcap": -1.0}, "logit_softcap is -1.0, but must be > 0"),
     ],
 )
@@ -101,6 +103,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"kv_lens": [0]}, "kv_lens is less than the row's own tokens: row 0 has 1 tokens, kv_len 0"),
     ({"block_tables": [[-1] * 10]}, "block_tables has a page outside 0 to 9: row 0 .* pages \\[-1"),
     ({"block_tables": [[0] * 9 + [10]]}, "block_tables has a page outside 0 to 9: row 0"),
+    ({"num_decode": 0, "decode_only": True}, "row_starts has tokens from num_decode on, but the batch is decode_only: row 0"),
     ({"num_decode": 2}, "num_decode is 2, but must be 0 to 1"),
     ({"row_starts": [0, 2]}, "row_starts goes from 0 to 2, but must start at 0 and end at 1"),
     ({"row_starts": [0, 0]}, "another count of tokens than 1 in a decode row: row 0 has 0 tokens"),
@@ -113,7 +116,8 @@ def test_bad_values_are_named_in_debug_mode(monkeypatch: pytest.MonkeyPatch, cha
     monkeypatch.setenv("PJAX_DEBUG", "1")
     step = make_step(Feature("one", (4, 2, 16), 8))
     fields = {"row_starts": [0, 1], "kv_lens": [77], "block_tables": [list(range(10))], "num_decode": 1} | changes
-    batch = RaggedBatch(**{name: jnp.asarray(value, jnp.int32) for name, value in fields.items()})
+    decode_only = fields.pop("decode_only", False)
+    batch = RaggedBatch(**{name: jnp.asarray(value, jnp.int32) for name, value in fields.items()}, decode_only=decode_only)
     pool = jnp.zeros((10, 8, 64))
 
     def run(batch: RaggedBatch) -> jax.Array:
@@ -143,3 +147,32 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
             paged_attention(one.q, one.pool, one.batch, num_kv_heads=2)
     (record,) = [r for r in caplog.records if "goes through XLA" in r.message]
     assert "'native' takes float32 and head sizes 64" in record.message
+
+
+@pytest.mark.parametrize("backend", ["xla", "tpu"])
+def test_bad_writes_are_named(one: Step, backend: str) -> None:
+    keys = jnp.ones((1, 2, 16))
+    targets = write_targets(one.batch, one.pool, 1, backend=backend)
+    for wrong in (keys.reshape(1, 32), keys.reshape(1, 16, 2)[:, :8], jnp.ones((2, 2, 16)), keys.astype(jnp.int32)):
+        with pytest.raises(ValueError, match=r"(keys|values) is .*, but must be floating \[T, K, H\]|but must be \[P, G, 2·K·H\]"):
+            targets.write(one.pool, wrong, wrong, 0)
+    with pytest.raises(ValueError, match="backend of the KV write is 'gpu'"):
+        write_targets(one.batch, one.pool, 1, backend="gpu")
+    with pytest.raises(NotImplementedError, match="takes pages of a multiple of 8 tokens, but they have 12; 'xla' takes any"):
+        write_targets(one.batch, jnp.zeros((4, 12, 64)), 1, backend="tpu")
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype", "message"),
+    [
+        ((2, 1, 32), 16, "float32", "takes rows of at least 128 numbers, but pages have 2·K·H = 64"),
+        ((2, 2, 64), 4, "float32", "takes pages of a multiple of 8 tokens and up to 3145728 bytes"),
+        ((32, 32, 128), 128, "float32", "but they have 128 tokens and 4194304 bytes"),
+    ],
+)
+def test_the_tpu_kernels_say_what_they_do_not_take(heads: tuple[int, int, int], page_size: int, dtype: str, message: str) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    pool = jnp.zeros(pool_shape(1, 1, page_size, num_kv_heads, head_size), dtype)
+    batch = RaggedBatch(*(jnp.asarray(x, jnp.int32) for x in ([0, 1], [1], [[0]], 1)))
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention(jnp.zeros((1, num_heads, head_size), dtype), pool, batch, num_kv_heads=num_kv_heads, backend="tpu")

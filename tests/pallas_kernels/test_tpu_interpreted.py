@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pjax.pallas_kernels import paged_attention
+from pjax.pallas_kernels import RaggedBatch, paged_attention
+from pjax.pallas_kernels.paged_attention import tpu
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from tests.pallas_kernels.suite import CASES, Feature, KernelSuite, make_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -59,6 +62,20 @@ class TestTpu(KernelSuite):
         """By default the interpreter moves data when it is waited for; here when a copy starts, so that late starts show."""
         with interpreted(dma_execution_mode="eager"):
             super().run(Feature("mixed", (4, 2, 64), 16))
+
+
+class TestManyBlocks(TestTpu):
+    """Blocks of 16 tokens: rows of many blocks, windows that begin inside, tiles of few rows, groups of 8 rows in pages of 24."""
+
+    features: ClassVar = [
+        Feature("decode", (4, 2, 64), 16, options={"sliding_window": 70}),
+        Feature("mixed", (4, 2, 64), 16, "bfloat16", {"logit_softcap": 2.0}),
+        Feature("chunk", (4, 2, 64), 24, "bfloat16"),
+    ]
+
+    def attend(self, q: jax.Array, pool: jax.Array, batch: RaggedBatch, **options: Any) -> jax.Array:
+        kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
+        return tpu.attend(q, pool, batch, kept, decode=tpu.Sizes(block=16), prefill=tpu.Sizes(block=16, rows=16))
 
 
 def test_only_live_pages_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

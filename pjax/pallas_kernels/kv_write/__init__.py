@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.pages import write_kv
+from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
+from pjax.pallas_kernels.pages import check_rows, write_kv
 
 
 class WriteTargets(Protocol):
@@ -28,15 +28,24 @@ def write_targets(batch: RaggedBatch, pages: jax.Array, num_tokens: int, *, back
     """Targets of T packed tokens in the pool `[P, G, 2·K·H]`.
 
     Args:
-      backend: "tpu" for the kernel, "xla" for the scatter; by default the kernel on TPUs where it takes the dtype.
-    """
-    if backend is None:
-        backend = "tpu" if jax.default_backend() == "tpu" and pages.dtype != jnp.float16 else "xla"
-    if backend not in ("tpu", "xla"):
-        raise ValueError(f"backend of the KV write is {backend!r}, but must be 'tpu' or 'xla'")
-    if backend == "tpu":
-        from pjax.pallas_kernels.kv_write.tpu import GroupTargets
+      backend: "tpu" for the kernel, "xla" for the scatter; by default the kernel on TPUs where it takes the pages.
 
+    Raises ValueError for wrong shapes, NotImplementedError when the kernel is named and does not take the pages.
+    """
+    if backend not in (None, "tpu", "xla"):
+        raise ValueError(f"backend of the KV write is {backend!r}, but must be 'tpu' or 'xla'")
+    if pages.ndim != 3 or num_tokens < 1:
+        raise ValueError(f"pages has shape {pages.shape} and num_tokens is {num_tokens}, but must be [P, G, 2·K·H] and >= 1")
+    if is_debug():
+        check_values(batch, num_tokens=num_tokens, num_pages=pages.shape[0], page_size=pages.shape[1])
+    if backend == "tpu" or (backend is None and jax.default_backend() == "tpu"):
+        from pjax.pallas_kernels.kv_write.tpu import GroupTargets, why_not
+
+        reason = why_not(pages.shape[1], pages.dtype)
+        if reason and backend:
+            raise NotImplementedError(f"backend 'tpu' of the KV write {reason}; 'xla' takes any")
+        backend = "xla" if reason else "tpu"
+    if backend == "tpu":
         return GroupTargets.of(batch, num_tokens, page_size=pages.shape[1], dtype=pages.dtype)
     num_slots = pages.shape[0] * pages.shape[1]
     return SlotTargets(batch.token_slots(num_tokens, pages.shape[1], num_slots))
@@ -51,4 +60,5 @@ class SlotTargets:
 
     def write(self, pages: jax.Array, keys: jax.Array, values: jax.Array, page_offset: int | jax.Array) -> jax.Array:
         """See `WriteTargets`."""
+        check_rows(pages, keys, values, self.slots.shape[0])
         return write_kv(pages, keys, values, self.slots + page_offset * pages.shape[1])

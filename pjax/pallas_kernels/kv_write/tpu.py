@@ -6,6 +6,7 @@ A row alone can't be copied to an arbitrary slot: two rows of bfloat16 share a 3
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +17,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.pages import kv_rows
+from pjax.pallas_kernels.pages import check_rows, kv_rows
 
 IN_FLIGHT = 8  # groups in VMEM at once
 AHEAD = 4  # groups whose old rows are read ahead
+
+
+def group_size(page_size: int, dtype: Any) -> int:
+    """Rows of a group: of a tile (8 of 4 bytes), and a divisor of the page, so that no group reaches into the next one."""
+    return math.gcd(page_size, 32 // jnp.dtype(dtype).itemsize)
+
+
+def why_not(page_size: int, dtype: Any) -> str | None:
+    """The reason why the kernel can't write such pages, or None."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 or bfloat16, but pages are {jnp.dtype(dtype)}"
+    if group_size(page_size, dtype) % 8:
+        return f"takes pages of a multiple of 8 tokens, but they have {page_size}"
+    return None
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +51,12 @@ class GroupTargets:
     counts: jax.Array  # int32 [M], rows that are written; 0 for a group that is not live
     tokens: jax.Array  # int32 [M, R], packed token of each row (those that are not written are in range too); [M, 1]: one for all
     size: int = field(metadata={"static": True})  # R
+    num_tokens: int = field(metadata={"static": True})  # T
 
     @classmethod
     def of(cls, batch: RaggedBatch, num_tokens: int, *, page_size: int, dtype: Any) -> GroupTargets:
         """Groups of the tokens that the batch's rows own. M is at most T, and ceil(T / R) + 2·S."""
-        size = min(page_size, 32 // jnp.dtype(dtype).itemsize)  # a tile has 8 rows of 4 bytes
+        size = group_size(page_size, dtype)
         num_rows = batch.num_rows
         most = min(num_tokens, -(-num_tokens // size) + 2 * num_rows)
         lens = batch.kv_lens
@@ -65,10 +81,12 @@ class GroupTargets:
             counts=jnp.where(live, stops - firsts, 0),
             tokens=jnp.clip(tokens, 0, num_tokens - 1),
             size=size,
+            num_tokens=num_tokens,
         )
 
     def write(self, pages: jax.Array, keys: jax.Array, values: jax.Array, page_offset: int | jax.Array) -> jax.Array:
         """See `kv_write.WriteTargets`."""
+        check_rows(pages, keys, values, self.num_tokens)
         new = kv_rows(keys, values, pages.dtype)[self.tokens]  # [M, R or 1, 2·K·H]
         shifted = replace(self, pages=self.pages + page_offset)
         return _write_groups(shifted, new, pages)

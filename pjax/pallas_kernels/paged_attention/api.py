@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.paged_attention.checks import check_values
+from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ BACKENDS = {"native": "native", "tpu": "tpu", "triton": "triton", "mosaic_gpu": 
 PREFERRED = {"cpu": ("native",), "tpu": ("tpu",), "gpu": ("triton",)}  # by platform, best first; after them XLA, which takes everything
 PACKAGE = "pjax.pallas_kernels.paged_attention"
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
-DEBUG_VARIABLE = "PJAX_DEBUG"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,8 +60,10 @@ def paged_attention(
       NotImplementedError: the backend that was named does not take these arguments; the message says why.
     """
     _check(q, pages, batch, num_kv_heads, sliding_window, logit_softcap)
-    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+    if is_debug():
         check_values(batch, num_tokens=q.shape[0], num_pages=pages.shape[0], page_size=pages.shape[1])
+    if sliding_window is not None and sliding_window >= batch.block_tables.shape[1] * pages.shape[1]:
+        sliding_window = None  # nothing is that far
     options = AttentionOptions(
         num_kv_heads=num_kv_heads,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -116,13 +117,21 @@ def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int
     for name, array in (("q", q), ("pages", pages)):
         if jnp.dtype(array.dtype).name not in DTYPES:
             raise ValueError(f"{name} has dtype {array.dtype}, but must be one of {', '.join(DTYPES)}")
+        if 0 in array.shape:
+            raise ValueError(f"{name} has shape {array.shape}, but must have at least one of everything")
     num_heads, head_size = q.shape[1:]
+    for name, number in (("num_kv_heads", num_kv_heads), ("sliding_window", 1 if window is None else window)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{name} is {number!r}, but must be an integer")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads is {num_kv_heads}, but must divide the {num_heads} query heads of q")
     if pages.shape[2] != 2 * num_kv_heads * head_size:
         raise ValueError(
             f"pages has rows of {pages.shape[2]}, but must have 2·K·H = {2 * num_kv_heads * head_size} (K {num_kv_heads}, H {head_size})"
         )
+    for field in ("row_starts", "kv_lens", "block_tables", "num_decode"):
+        if not hasattr(getattr(batch, field), "shape") or (field != "num_decode" and 0 in getattr(batch, field).shape):
+            raise ValueError(f"batch.{field} is {getattr(batch, field)!r}, but must be an int32 array of at least one row and page")
     rows = batch.kv_lens.shape[0]
     shapes = {"row_starts": (rows + 1,), "kv_lens": (rows,), "block_tables": (rows, batch.block_tables.shape[-1]), "num_decode": ()}
     for field, shape in shapes.items():

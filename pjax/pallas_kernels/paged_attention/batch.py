@@ -24,7 +24,7 @@ class RaggedBatch:
     kv_lens: jax.Array  # int32 [S], tokens that have keys and values once this step has written its own
     block_tables: jax.Array  # int32 [S, W], page ids; entries past ceil(kv_len / G) are never read as data
     num_decode: jax.Array  # int32 []
-    decode_only: bool = field(default=False, metadata={"static": True})  # a promise at trace time: no row has two tokens
+    decode_only: bool = field(default=False, metadata={"static": True})  # a promise at trace time: no row from num_decode on has a token
 
     @property
     def num_rows(self) -> int:

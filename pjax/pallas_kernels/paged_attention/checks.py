@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import jax
 import numpy as np
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+
+DEBUG_VARIABLE = "PJAX_DEBUG"
+
+
+def is_debug() -> bool:
+    """Whether the environment asks for checks of values; read when a step is traced."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 def check_values(batch: RaggedBatch, *, num_tokens: int, num_pages: int, page_size: int) -> None:
@@ -45,7 +53,7 @@ def _check(
     columns = np.arange(tables.shape[1]) * page_size < np.where(live, lens, 0)[:, None]
     wrong = {
         "row_starts falls, or has another count of tokens than 1 in a decode row": (counts < 0) | (is_decode & (counts != 1)),
-        "row_starts has several tokens in a row, but the batch is decode_only": (counts > 1) & decode_only,
+        "row_starts has tokens from num_decode on, but the batch is decode_only": live & ~is_decode & decode_only,
         "kv_lens is less than the row's own tokens": live & (lens < counts),
         f"kv_lens is over the {most} tokens of the block table's {tables.shape[1]} pages": live & (lens > most),
         f"block_tables has a page outside 0 to {num_pages - 1}": (columns & ((tables < 0) | (tables >= num_pages))).any(axis=1),

@@ -29,6 +29,7 @@ from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
 
 LANES = 128
 BUFFER_BYTES = 4 << 20  # of VMEM for two blocks of pages
+MAX_PAGE_BYTES = 3 << 20  # two of them and what else a kernel needs fit 16 MiB of VMEM
 PREFILL_BYTES = 6 << 20  # of VMEM for all that grows with them
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 
@@ -100,6 +101,14 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | 
     """The reason why the kernels can't be used for these arguments, or None."""
     if q.dtype != pages.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, the same for both, but q is {q.dtype} and pages are {pages.dtype}"
+    _, page_size, width = pages.shape
+    if page_size % 8 or page_size * width * pages.dtype.itemsize > MAX_PAGE_BYTES:
+        return (
+            f"takes pages of a multiple of 8 tokens and up to {MAX_PAGE_BYTES} bytes (VMEM), but they have {page_size} tokens and "
+            f"{page_size * width * pages.dtype.itemsize} bytes"
+        )
+    if width < LANES:
+        return f"takes rows of at least {LANES} numbers, but pages have 2·K·H = {width}"
     return None
 
 
