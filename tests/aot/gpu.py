@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+# From JAX 0.12 on XLA dumps no PTX of Triton's kernels: what they spill is checked with the version of constraints.txt.
+SEES_TRITON = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.aot.gpu import Job, compile_in_process
+from tests.aot.gpu import SEES_TRITON, Job, compile_in_process
 
 
 def square(devices: Any, size: int, *, abort: bool = False) -> Any:
@@ -41,9 +41,10 @@ def test_it_sees_spills_and_refusals_and_survives_a_crash() -> None:
     ]
     outcomes = compile_in_process("h100", jobs)
     assert list(outcomes) == [job.name for job in jobs]
-    assert outcomes["small"].spills == {"square": 0}
     assert outcomes["small"].argument_bytes == 16 * 16 * 2
-    assert 0 < outcomes["small"].registers["square"] <= 255
     assert "exit status -6" in outcomes["aborts"].error
-    assert outcomes["spills"].spills["square"] > 0
+    if SEES_TRITON:
+        assert outcomes["small"].spills == {"square": 0}
+        assert 0 < outcomes["small"].registers["square"] <= 255
+        assert outcomes["spills"].spills["square"] > 0
     assert "power of 2" in outcomes["refused"].error

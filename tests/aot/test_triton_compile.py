@@ -9,7 +9,7 @@ import functools
 
 import pytest
 
-from tests.aot.gpu import Compiled, compile_in_process
+from tests.aot.gpu import SEES_TRITON, Compiled, compile_in_process
 from tests.aot.gpu_shapes import SHAPES, Shape
 
 COMMON = [
@@ -52,9 +52,10 @@ def test_attention(target: str, shape: Shape) -> None:
     """No spills, no temporary near the pool's size, and the pool takes its own bytes."""
     outcome = compiled(target)[shape.name]
     assert not outcome.error
-    assert any(kernel.startswith("paged_decode") for kernel in outcome.registers)
-    assert any(kernel.startswith("paged_prefill") for kernel in outcome.registers) == (shape.kind == "mixed")
-    assert sum(outcome.spills.values()) == SPILLS.get((target, shape.name), 0)
+    if SEES_TRITON:
+        assert any(kernel.startswith("paged_decode") for kernel in outcome.registers)
+        assert any(kernel.startswith("paged_prefill") for kernel in outcome.registers) == (shape.kind == "mixed")
+        assert sum(outcome.spills.values()) == SPILLS.get((target, shape.name), 0)
     assert outcome.temp_bytes < shape.pool_bytes / 8
     assert outcome.argument_bytes < 1.05 * shape.pool_bytes
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ AXES = ("split", "tile", "head")  # the last runs fastest: heads of one page sid
 THREAD = "warpgroup"
 LAYOUT = plgpu.Layout.WGMMA
 ACC = plgpu.ACC  # type: ignore[attr-defined]  # public, but not in its stub's list
+NO_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before JAX 0.12 it wanted one
 # What is worth measuring, by phase.
 CANDIDATES = {
     "decode": {"slots": (2, 3, 4), "programs": (132, 264, 528)},
@@ -352,7 +354,7 @@ def _clean(values: Any, live: Any, spec: _Spec) -> None:
     """Zeros in the rows from `live` on: such a slot may hold NaN, and 0 · NaN is NaN. A few lanes at a time: few registers."""
     for lane in range(0, spec.head_size, spec.lanes):
         part = values.at[:, pl.ds(lane, spec.lanes)]
-        loaded = part[...] if spec.interpret else plgpu.load(part, (), layout=LAYOUT)
+        loaded = part[...] if spec.interpret else plgpu.load(part, *NO_INDEX, layout=LAYOUT)
         part[...] = jnp.where(_iota(loaded.shape, 0, spec) < live, loaded, jnp.zeros((), loaded.dtype))
     plgpu.commit_smem()
 
