@@ -80,6 +80,10 @@ class LLMEngine:
             source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
         else:
             source = source_of(model)
+            for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, model.blocks.mode)):
+                if asked not in ("auto", own):
+                    raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
+            layer_mode = model.blocks.mode
             if tokenizer is None and not skip_tokenizer_init:
                 raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract

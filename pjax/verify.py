@@ -69,11 +69,36 @@ class _Recorder:
         self._blocks = blocks
         self.inputs: list[np.ndarray] = []
 
-    def __call__(self, body: Callable[[Any, Any, int], Any], carry: Any) -> Any:
+    def __call__(self, x: jax.Array, pages: jax.Array, *shared: Any) -> tuple[jax.Array, jax.Array]:
         for index, layer in enumerate(self._blocks.layers):
-            self.inputs.append(np.asarray(carry[0], np.float64))
-            carry = body(layer, carry, index)
-        return carry
+            self.inputs.append(np.asarray(x, np.float64))
+            x, pages = layer(x, pages, index, *shared)
+        return x, pages
+
+
+class _Theirs:
+    """The checkpoint in transformers."""
+
+    def __init__(self, model: str | Path) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise ConfigError(f"verify compares with transformers, but {error.name} is missing: pip install torch transformers") from error
+        path = Path(model)
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
+        if path.suffix == ".gguf":
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        self._model, self._torch = found.eval(), torch
+
+    def __call__(self, tokens: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Each layer's input and the logits, float64 [T, D] and [T, V]."""
+        with self._torch.inference_mode():
+            output = self._model(self._torch.tensor([list(tokens)]), output_hidden_states=True)
+        return [hidden[0].double().numpy() for hidden in output.hidden_states[:-1]], output.logits[0].double().numpy()
 
 
 def verify(model: str | Path, *, max_tokens: int = 16, prompts: Sequence[Sequence[int]] | None = None, seed: int = 0) -> Report:
@@ -82,47 +107,24 @@ def verify(model: str | Path, *, max_tokens: int = 16, prompts: Sequence[Sequenc
     Raises ConfigError when torch or transformers is missing, and what `pjax.models.load` raises.
     """
     ours = load(model, dtype="float32", progress=False)
-    theirs = _load_theirs(model)
+    theirs = _Theirs(model)
     rng = np.random.default_rng(seed)
     limit = ours.config.max_position - max_tokens
     lists = prompts or [rng.integers(0, ours.config.vocab_size, min(length, limit)).tolist() for length in LENGTHS]
     findings = _layers(ours, theirs, max(lists, key=len))
-    tokens = tuple(tuple(_greedy(lambda ids: forward(ours, ids), prompt, max_tokens)) for prompt in lists)
-    expected = tuple(tuple(_greedy_theirs(theirs, prompt, max_tokens)) for prompt in lists)
+    tokens = tuple(tuple(_greedy(_logits_of(ours, len(prompt) + max_tokens), prompt, max_tokens)) for prompt in lists)
+    expected = tuple(tuple(_greedy(lambda tokens: theirs(tokens)[1], prompt, max_tokens)) for prompt in lists)
     return Report(tuple(findings), tokens, expected)
 
 
-def _load_theirs(model: str | Path) -> Any:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigError(f"verify compares with transformers, but {error.name} is missing: pip install torch transformers") from error
-    path = Path(model)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
-    if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        return found.eval()
-
-
-def _layers(ours: Any, theirs: Any, prompt: Sequence[int]) -> list[Finding]:
-    import torch
-
-    with torch.inference_mode():
-        output = theirs(torch.tensor([list(prompt)]), output_hidden_states=True)
+def _layers(ours: Any, theirs: _Theirs, prompt: Sequence[int]) -> list[Finding]:
+    inputs, expected = theirs(prompt)
     recorder = _Recorder(ours.blocks)
-    graph, state = nnx.split(ours)
-    recorded = nnx.merge(graph, state)
+    recorded = nnx.merge(*nnx.split(ours))
     object.__setattr__(recorded, "blocks", recorder)
     logits = np.asarray(forward(recorded, jnp.asarray([list(prompt)], jnp.int32)), np.float64)
-    found = [
-        _finding(f"input of layer {index}", mine, hidden[0].double().numpy())
-        for index, (mine, hidden) in enumerate(zip(recorder.inputs, output.hidden_states[:-1], strict=True))
-    ]
-    return [*found, _finding("logits", logits[0], output.logits[0].double().numpy())]
+    found = [_finding(f"input of layer {index}", *pair) for index, pair in enumerate(zip(recorder.inputs, inputs, strict=True))]
+    return [*found, _finding("logits", logits[0], expected)]
 
 
 def _finding(where: str, mine: np.ndarray, theirs: np.ndarray) -> Finding:
@@ -131,21 +133,14 @@ def _finding(where: str, mine: np.ndarray, theirs: np.ndarray) -> Finding:
     return Finding(where, float((np.linalg.norm(mine - theirs, axis=-1) / lengths).max()))
 
 
-def _greedy(logits_of: Callable[[jax.Array], jax.Array], prompt: Sequence[int], count: int) -> list[int]:
-    """Whole sequences, padded to one length, so that one program serves all."""
-    tokens, length = list(prompt), len(prompt) + count
-    step = jax.jit(lambda ids, last: jnp.argmax(logits_of(ids)[0, last]))
-    for _ in range(count):
-        ids = jnp.asarray([tokens + [0] * (length - len(tokens))], jnp.int32)
-        tokens.append(int(step(ids, len(tokens) - 1)))
-    return tokens[len(prompt) :]
+def _logits_of(ours: Any, length: int) -> Callable[[Sequence[int]], np.ndarray]:
+    """The logits of sequences up to a length, padded to it, so that one program serves all."""
+    step = jax.jit(lambda ids: forward(ours, ids)[0])
+    return lambda tokens: np.asarray(step(jnp.asarray([[*tokens, *[0] * (length - len(tokens))]], jnp.int32)))[: len(tokens)]
 
 
-def _greedy_theirs(theirs: Any, prompt: Sequence[int], count: int) -> list[int]:
-    import torch
-
+def _greedy(logits_of: Callable[[Sequence[int]], np.ndarray], prompt: Sequence[int], count: int) -> list[int]:
     tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(count):
-            tokens.append(int(theirs(torch.tensor([tokens])).logits[0, -1].argmax()))
+    for _ in range(count):
+        tokens.append(int(logits_of(tokens)[-1].argmax()))
     return tokens[len(prompt) :]

@@ -57,7 +57,7 @@ class ModelSource:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
 
 
-FAMILY_NAMES = ("Config", "Model", "weight_table", "known_leftovers", "gguf_name", "from_gguf", "PREFIX", "OTHER_NAMES")
+FAMILY_NAMES = ("Config", "Model", "weight_table", "known_leftovers", "PREFIX", "OTHER_NAMES")
 
 
 def register_family(architecture: str, module: str) -> None:

@@ -28,6 +28,7 @@ class ConfigReader:
         self._hf = dict(hf)
         self._family = family
         self._taken: set[str] = set()
+        self._numbers: dict[str, int] = {}  # integers that were read
 
     def get(self, key: str, default: Any = None) -> Any:
         """The key's value, or the default where the config has none or null."""
@@ -40,6 +41,7 @@ class ConfigReader:
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be an integer >= {least}")
+        self._numbers[key] = value
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -48,6 +50,13 @@ class ConfigReader:
         if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
             raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be a number > 0")
         return float(value)
+
+    def divisor(self, key: str, of: str, default: int | None = None) -> int:
+        """An integer >= 1 that divides the integer at another key, which was read; CheckpointError otherwise."""
+        value, whole = self.integer(key, default), self._numbers[of]
+        if whole % value:
+            raise CheckpointError(f"{self._family} config: {key} is {value}, but must divide {of} {whole}")
+        return value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false; CheckpointError otherwise."""
@@ -69,6 +78,30 @@ class ConfigReader:
         if left:
             fields = ", ".join(f"{key}={self._hf[key]!r}" for key in left)
             raise UnsupportedError(f"{self._family} config has fields that pjax does not apply: {fields}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiHeadConfig:
+    """What families without grouped queries have in common. Sizes are named as in docs/shapes.md."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    max_position: int
+    activation: str
+    tied: bool
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K: all of them."""
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """H."""
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from pjax.errors import CheckpointError
 from pjax.models.attention import PagedContext
-from pjax.models.config import ConfigReader
-from pjax.models.layers import ACTIVATIONS, Embedding, LayerNorm, LayerStack, Linear, matmul
+from pjax.models.config import ConfigReader, MultiHeadConfig
+from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
 from pjax.models.weights import Weight
 
 PREFIX = "transformer."  # the files that OpenAI published do without
@@ -22,36 +20,18 @@ OTHER_NAMES: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPT2Config:
-    """Sizes are named as in docs/shapes.md."""
+class GPT2Config(MultiHeadConfig):
+    """What is its own."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_layers: int  # L
-    num_heads: int  # N
-    max_position: int
     layer_norm_epsilon: float
-    activation: str
     scaled: bool  # logits are divided by the root of the head size
     scaled_by_layer: bool  # and by the layer's number, from 1
-    tied: bool
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K: all of them."""
-        return self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.hidden_size // self.num_heads
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
         """From config.json's content. Raises CheckpointError for bad values, UnsupportedError for what is not applied."""
         config = ConfigReader(hf, "gpt2")
-        hidden_size, num_heads = config.integer("n_embd", 768), config.integer("n_head", 12)
+        hidden_size = config.integer("n_embd", 768)
         config.only("add_cross_attention", (False,), False)
         config.flag("reorder_and_upcast_attn")  # against overflow in float16; logits are float32 here anyway
         made = cls(
@@ -59,7 +39,7 @@ class GPT2Config:
             hidden_size=hidden_size,
             intermediate_size=config.integer("n_inner", 4 * hidden_size),
             num_layers=config.integer("n_layer", 12),
-            num_heads=num_heads,
+            num_heads=config.divisor("n_head", "n_embd", 12),
             max_position=config.integer("n_positions", 1024),
             layer_norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
             activation=config.only("activation_function", ACTIVATIONS, "gelu_new"),
@@ -67,8 +47,6 @@ class GPT2Config:
             scaled_by_layer=config.flag("scale_attn_by_inverse_layer_idx"),
             tied=config.flag("tie_word_embeddings", True),
         )
-        if hidden_size % num_heads:
-            raise CheckpointError(f"gpt2 config: n_head is {num_heads}, but must divide n_embd {hidden_size}")
         config.finish()
         return made
 
@@ -92,19 +70,6 @@ class GPT2Attention(nnx.Module):
         return self.out(out.reshape(x.shape)), pages
 
 
-class GPT2MLP(nnx.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, config: GPT2Config, *, dtype: Any) -> None:
-        self.activation = config.activation
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=True, dtype=dtype)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=True, dtype=dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, D] to [T, D]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
-
-
 class GPT2Block(nnx.Module):
     """Pre-norm residual block."""
 
@@ -112,7 +77,7 @@ class GPT2Block(nnx.Module):
         self.attention_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
         self.attention = GPT2Attention(config, dtype=dtype)
         self.mlp_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
-        self.mlp = GPT2MLP(config, dtype=dtype)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation, bias=True, dtype=dtype)
 
     def __call__(self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """x [T, D] to ([T, D], pages)."""
@@ -135,18 +100,11 @@ class GPT2(nnx.Module):
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""
 
-        def block(layer: GPT2Block, carry: tuple[jax.Array, jax.Array], index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer(carry[0], carry[1], index, context)
-
-        hidden, pages = self.blocks(block, (self.embed(token_ids) + self.positions(context.positions), pages))
-        return hidden, pages
+        return self.blocks(self.embed(token_ids) + self.positions(context.positions), pages, context)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, D] to float32 [S, V]."""
-        hidden = self.norm(hidden)
-        if self.head is None:
-            return self.embed.attend(hidden)
-        return matmul(hidden, self.head.kernel[...])
+        return head_logits(self.norm(hidden), self.head, self.embed)
 
 
 def weight_table(config: GPT2Config) -> dict[str, Weight]:
@@ -176,33 +134,6 @@ def known_leftovers(config: GPT2Config) -> tuple[str, ...]:
     """Regular expressions of tensors that checkpoints carry and the model does not read."""
     masks = r"transformer\.h\.\d+\.attn\.(masked_)?bias"
     return (masks, r"lm_head\.weight") if config.tied else (masks,)
-
-
-GGUF_NAMES = {
-    "transformer.wte.": "token_embd.",
-    "transformer.wpe.": "position_embd.",
-    "transformer.ln_f.": "output_norm.",
-    "lm_head.": "output.",
-    "transformer.h.": "blk.",
-    ".ln_1.": ".attn_norm.",
-    ".ln_2.": ".ffn_norm.",
-    ".attn.c_attn.": ".attn_qkv.",
-    ".attn.c_proj.": ".attn_output.",
-    ".mlp.c_fc.": ".ffn_up.",
-    ".mlp.c_proj.": ".ffn_down.",
-}
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a Hugging Face tensor."""
-    for ours, theirs in GGUF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def from_gguf(name: str, array: np.ndarray, config: GPT2Config) -> np.ndarray:
-    """A tensor read from GGUF in Hugging Face's order: GGUF has the kernels as [out, in]."""
-    return array.T if ".c_" in name and array.ndim == 2 else array
 
 
 Config, Model = GPT2Config, GPT2

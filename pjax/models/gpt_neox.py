@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pjax.errors import CheckpointError
 from pjax.models.attention import PagedContext
-from pjax.models.config import ConfigReader, RopeConfig
-from pjax.models.layers import ACTIVATIONS, Embedding, LayerNorm, LayerStack, Linear, matmul
+from pjax.models.config import ConfigReader, MultiHeadConfig, RopeConfig
+from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
 from pjax.models.rope import rotate, rotation
 from pjax.models.weights import Weight
 
@@ -23,31 +22,13 @@ OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}  # transformers 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTNeoXConfig:
-    """Sizes are named as in docs/shapes.md."""
+class GPTNeoXConfig(MultiHeadConfig):
+    """What is its own."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_layers: int  # L
-    num_heads: int  # N
-    max_position: int
     layer_norm_epsilon: float
     rope: RopeConfig
-    activation: str
     attention_bias: bool
     parallel: bool  # attention and MLP read the same input
-    tied: bool
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K: all of them."""
-        return self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.hidden_size // self.num_heads
 
     @property
     def rotary_size(self) -> int:
@@ -58,14 +39,14 @@ class GPTNeoXConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> GPTNeoXConfig:
         """From config.json's content. Raises CheckpointError for bad values, UnsupportedError for what is not applied."""
         config = ConfigReader(hf, "gpt_neox")
-        hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        hidden_size = config.integer("hidden_size")
         max_position = config.integer("max_position_embeddings", 2048)
         made = cls(
             vocab_size=config.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=config.integer("intermediate_size"),
             num_layers=config.integer("num_hidden_layers"),
-            num_heads=num_heads,
+            num_heads=config.divisor("num_attention_heads", "hidden_size"),
             max_position=max_position,
             layer_norm_epsilon=config.number("layer_norm_eps", 1e-5),
             rope=RopeConfig.read(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
@@ -74,8 +55,6 @@ class GPTNeoXConfig:
             parallel=config.flag("use_parallel_residual", True),
             tied=config.flag("tie_word_embeddings"),
         )
-        if hidden_size % num_heads:
-            raise CheckpointError(f"gpt_neox config: num_attention_heads is {num_heads}, but must divide hidden_size {hidden_size}")
         if made.rotary_size < 2 or made.rotary_size % 2:
             raise CheckpointError(
                 f"gpt_neox config: rotary_pct is {made.rope.fraction}, which rotates {made.rotary_size} of the {made.head_size} "
@@ -104,19 +83,6 @@ class GPTNeoXAttention(nnx.Module):
         return self.out(out.reshape(x.shape)), pages
 
 
-class GPTNeoXMLP(nnx.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, config: GPTNeoXConfig, *, dtype: Any) -> None:
-        self.activation = config.activation
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=True, dtype=dtype)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=True, dtype=dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, D] to [T, D]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
-
-
 class GPTNeoXBlock(nnx.Module):
     """Pre-norm residual block, in parallel (x + attention(x) + mlp(x)) or in sequence."""
 
@@ -125,7 +91,7 @@ class GPTNeoXBlock(nnx.Module):
         self.attention_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
         self.attention = GPTNeoXAttention(config, dtype=dtype)
         self.mlp_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
-        self.mlp = GPTNeoXMLP(config, dtype=dtype)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation, bias=True, dtype=dtype)
 
     def __call__(
         self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext, rope: tuple[jax.Array, jax.Array]
@@ -152,18 +118,11 @@ class GPTNeoX(nnx.Module):
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""
         rope = rotation(self.config.rope, self.config.rotary_size, context.positions)
 
-        def block(layer: GPTNeoXBlock, carry: tuple[jax.Array, jax.Array], index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer(carry[0], carry[1], index, context, rope)
-
-        hidden, pages = self.blocks(block, (self.embed(token_ids), pages))
-        return hidden, pages
+        return self.blocks(self.embed(token_ids), pages, context, rope)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, D] to float32 [S, V]."""
-        hidden = self.norm(hidden)
-        if self.head is None:
-            return self.embed.attend(hidden)
-        return matmul(hidden, self.head.kernel[...])
+        return head_logits(self.norm(hidden), self.head, self.embed)
 
 
 def weight_table(config: GPTNeoXConfig) -> dict[str, Weight]:
@@ -192,35 +151,6 @@ def known_leftovers(config: GPTNeoXConfig) -> tuple[str, ...]:
     """Regular expressions of tensors that checkpoints carry and the model does not read."""
     buffers = r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)"
     return (buffers, r"lm_head\.weight") if config.tied else (buffers,)
-
-
-GGUF_NAMES = {
-    "gpt_neox.embed_in.": "token_embd.",
-    "gpt_neox.final_layer_norm.": "output_norm.",
-    "lm_head.": "output.",
-    "gpt_neox.layers.": "blk.",
-    ".input_layernorm.": ".attn_norm.",
-    ".post_attention_layernorm.": ".ffn_norm.",
-    ".attention.query_key_value.": ".attn_qkv.",
-    ".attention.dense.": ".attn_output.",
-    ".mlp.dense_h_to_4h.": ".ffn_up.",
-    ".mlp.dense_4h_to_h.": ".ffn_down.",
-}
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name of a Hugging Face tensor."""
-    for ours, theirs in GGUF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def from_gguf(name: str, array: np.ndarray, config: GPTNeoXConfig) -> np.ndarray:
-    """A tensor read from GGUF in Hugging Face's order: GGUF has all queries, then all keys, then all values."""
-    if ".query_key_value." not in name:
-        return array
-    split = array.reshape(3, config.num_heads, config.head_size, *array.shape[1:])
-    return split.swapaxes(0, 1).reshape(array.shape)
 
 
 Config, Model = GPTNeoXConfig, GPTNeoX

@@ -114,6 +114,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """By their names in Hugging Face configs."""
 
 
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool, dtype: Any) -> None:
+        self.activation = activation
+        self.up = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, D] to [T, D]."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
 class Embedding(nnx.Module):
     """A table [V, D]; `attend` uses it as a tied head."""
 
@@ -127,6 +140,11 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """[S, D] to float32 logits [S, V]."""
         return matmul(x, self.table[...])
+
+
+def head_logits(x: jax.Array, head: Linear | None, embed: Embedding) -> jax.Array:
+    """[S, D] to float32 logits [S, V], by the head or, where it is tied (None), by the embedding."""
+    return embed.attend(x) if head is None else matmul(x, head.kernel[...])
 
 
 LAYER_MODES = ("unroll", "scan", "loop")
@@ -151,18 +169,18 @@ class LayerStack(nnx.Module):
         else:
             self.layers = nnx.List([make() for _ in range(num_layers)])
 
-    def __call__(self, body: Callable[[Any, Any, int | jax.Array], Any], carry: Any) -> Any:
-        """Runs `carry = body(layer, carry, layer_index)` for each layer in turn."""
+    def __call__(self, x: jax.Array, pages: jax.Array, *shared: Any) -> tuple[jax.Array, jax.Array]:
+        """Runs `x, pages = layer(x, pages, layer_index, *shared)` for each layer in turn."""
         if self.mode == "unroll":
             for index, layer in enumerate(self.layers):
-                carry = body(layer, carry, index)
-            return carry
+                x, pages = layer(x, pages, index, *shared)
+            return x, pages
         layer_at = self._scanned() if self.mode == "scan" else self._looped()
 
-        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
-            return body(layer_at(index), carry, index), None
+        def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            return layer_at(index)(*carry, index, *shared), None
 
-        return lax.scan(step, carry, jnp.arange(self.num_layers, dtype=jnp.int32))[0]
+        return lax.scan(step, (x, pages), jnp.arange(self.num_layers, dtype=jnp.int32))[0]
 
     def _scanned(self) -> Callable[[jax.Array], Any]:
         graph, stacked = nnx.split(self.layers)

@@ -14,7 +14,7 @@ from flax import nnx
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.attention import PagedContext
 from pjax.models.config import ConfigReader, RopeConfig
-from pjax.models.layers import ACTIVATIONS, Embedding, LayerStack, Linear, RMSNorm, matmul
+from pjax.models.layers import ACTIVATIONS, Embedding, LayerStack, Linear, RMSNorm, head_logits
 from pjax.models.rope import rotate, rotation
 from pjax.models.weights import Weight
 
@@ -59,7 +59,7 @@ class LlamaConfig:
             intermediate_size=config.integer("intermediate_size"),
             num_layers=config.integer("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=config.integer("num_key_value_heads", num_heads),
+            num_kv_heads=config.divisor("num_key_value_heads", "num_attention_heads", num_heads),
             head_size=config.integer("head_dim", hidden_size // num_heads),
             max_position=max_position,
             rms_norm_epsilon=config.number("rms_norm_eps", 1e-6),
@@ -72,10 +72,6 @@ class LlamaConfig:
             sliding_window=_window(config, str(kind)),
             tied=config.flag("tie_word_embeddings"),
         )
-        if made.num_heads % made.num_kv_heads:
-            raise CheckpointError(
-                f"{kind} config: num_key_value_heads is {made.num_kv_heads}, but must divide num_attention_heads {num_heads}"
-            )
         if made.head_size % 2:
             raise CheckpointError(f"{kind} config: head_dim is {made.head_size}, but must be even")
         config.finish()
@@ -172,18 +168,11 @@ class Llama(nnx.Module):
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""
         rope = rotation(self.config.rope, self.config.head_size, context.positions)
 
-        def block(layer: LlamaBlock, carry: tuple[jax.Array, jax.Array], index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer(carry[0], carry[1], index, context, rope)
-
-        hidden, pages = self.blocks(block, (self.embed(token_ids), pages))
-        return hidden, pages
+        return self.blocks(self.embed(token_ids), pages, context, rope)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, D] to float32 [S, V]."""
-        hidden = self.norm(hidden)
-        if self.head is None:
-            return self.embed.attend(hidden)
-        return matmul(hidden, self.head.kernel[...])
+        return head_logits(self.norm(hidden), self.head, self.embed)
 
 
 def weight_table(config: LlamaConfig) -> dict[str, Weight]:

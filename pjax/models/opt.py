@@ -8,13 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.attention import PagedContext
-from pjax.models.config import ConfigReader
-from pjax.models.layers import ACTIVATIONS, Embedding, LayerNorm, LayerStack, Linear, matmul
+from pjax.models.config import ConfigReader, MultiHeadConfig
+from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
 from pjax.models.weights import Weight
 
 PREFIX = "model."  # some published files do without
@@ -24,32 +22,14 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPTConfig:
-    """Sizes are named as in docs/shapes.md."""
+class OPTConfig(MultiHeadConfig):
+    """What is its own."""
 
-    vocab_size: int  # V
-    hidden_size: int  # D
     embedding_size: int  # of a token's embedding; projected to D where it is another
-    intermediate_size: int  # F
-    num_layers: int  # L
-    num_heads: int  # N
-    max_position: int
-    activation: str
     bias: bool
     affine: bool  # norms have weights
     norm_first: bool
     final_norm: bool
-    tied: bool
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K: all of them."""
-        return self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.hidden_size // self.num_heads
 
     @property
     def projected(self) -> bool:
@@ -60,7 +40,7 @@ class OPTConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> OPTConfig:
         """From config.json's content. Raises CheckpointError for bad values, UnsupportedError for what is not applied."""
         config = ConfigReader(hf, "opt")
-        hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        hidden_size = config.integer("hidden_size")
         norm_first, no_final_norm = config.flag("do_layer_norm_before", True), config.flag("_remove_final_layer_norm")
         made = cls(
             vocab_size=config.integer("vocab_size"),
@@ -68,7 +48,7 @@ class OPTConfig:
             embedding_size=config.integer("word_embed_proj_dim", hidden_size),
             intermediate_size=config.integer("ffn_dim"),
             num_layers=config.integer("num_hidden_layers"),
-            num_heads=num_heads,
+            num_heads=config.divisor("num_attention_heads", "hidden_size"),
             max_position=config.integer("max_position_embeddings", 2048),
             activation=config.only("activation_function", ACTIVATIONS, "relu"),
             bias=config.flag("enable_bias", True),
@@ -77,8 +57,6 @@ class OPTConfig:
             final_norm=norm_first and not no_final_norm,
             tied=config.flag("tie_word_embeddings", True),
         )
-        if hidden_size % num_heads:
-            raise CheckpointError(f"opt config: num_attention_heads is {num_heads}, but must divide hidden_size {hidden_size}")
         config.finish()
         return made
 
@@ -98,19 +76,6 @@ class OPTAttention(nnx.Module):
         return self.out(out.reshape(x.shape)), pages
 
 
-class OPTMLP(nnx.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, config: OPTConfig, *, dtype: Any) -> None:
-        self.activation = config.activation
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=config.bias, dtype=dtype)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.bias, dtype=dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, D] to [T, D]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
-
-
 def _norm(config: OPTConfig, dtype: Any) -> LayerNorm:
     return LayerNorm(config.hidden_size, epsilon=LAYER_NORM_EPSILON, affine=config.affine, dtype=dtype)
 
@@ -123,7 +88,7 @@ class OPTBlock(nnx.Module):
         self.attention_norm = _norm(config, dtype)
         self.attention = OPTAttention(config, dtype=dtype)
         self.mlp_norm = _norm(config, dtype)
-        self.mlp = OPTMLP(config, dtype=dtype)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, activation=config.activation, bias=config.bias, dtype=dtype)
 
     def __call__(self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """x [T, D] to ([T, D], pages)."""
@@ -152,14 +117,10 @@ class OPT(nnx.Module):
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""
 
-        def block(layer: OPTBlock, carry: tuple[jax.Array, jax.Array], index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            return layer(carry[0], carry[1], index, context)
-
         x = self.embed(token_ids)
         if self.project_in is not None:
             x = self.project_in(x)
-        hidden, pages = self.blocks(block, (x + self.positions(context.positions + POSITION_OFFSET), pages))
-        return hidden, pages
+        return self.blocks(x + self.positions(context.positions + POSITION_OFFSET), pages, context)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, D] to float32 [S, V]."""
@@ -167,9 +128,7 @@ class OPT(nnx.Module):
             hidden = self.norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        if self.head is None:
-            return self.embed.attend(hidden)
-        return matmul(hidden, self.head.kernel[...])
+        return head_logits(hidden, self.head, self.embed)
 
 
 def weight_table(config: OPTConfig) -> dict[str, Weight]:
@@ -203,17 +162,6 @@ def weight_table(config: OPTConfig) -> dict[str, Weight]:
 def known_leftovers(config: OPTConfig) -> tuple[str, ...]:
     """Regular expressions of tensors that checkpoints carry and the model does not read."""
     return (r"lm_head\.weight",) if config.tied else ()
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp has no OPT."""
-    raise UnsupportedError(f"{name}: OPT is not supported from GGUF; use safetensors or pytorch_model.bin")
-
-
-def from_gguf(name: str, array: np.ndarray, config: OPTConfig) -> np.ndarray:
-    """See `gguf_name`."""
-    gguf_name(name)
-    return array
 
 
 Config, Model = OPTConfig, OPT

@@ -15,20 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pjax.pallas_kernels import RaggedBatch, write_kv
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.tuning import MODELS
 from tests.aot.gpu import Job
 
-SHAPES = {  # query heads, KV heads, head size
-    "SmolLM2-135M": (9, 3, 64),
-    "Llama-3-8B": (32, 8, 128),
-    "Llama-3-70B": (64, 8, 128),
-    "Pythia-2.8B": (32, 32, 80),
-    "GPT-NeoX-20B": (64, 64, 96),
-    "OPT-6.7B": (32, 32, 128),
-    "gpt2-xl": (25, 25, 64),
-    "Gemma-7B": (16, 16, 256),
-    "Gemma-2-9B": (16, 8, 256),
-    "Falcon-7B": (71, 1, 64),
-}
+SHAPES = MODELS | {"Gemma-7B": (16, 16, 256), "Gemma-2-9B": (16, 8, 256), "Falcon-7B": (71, 1, 64)}
 OPTIONS = {"Gemma-2-9B": {"sliding_window": 4096, "logit_softcap": 50.0}}
 POOL_BYTES = 512 << 20  # a small pool would hide a copy of it
 

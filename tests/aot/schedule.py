@@ -38,15 +38,17 @@ def measure(generation: str, folder: Path) -> None:
 
     from pjax.pallas_kernels.paged_attention import tpu as kernel
     from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+    from pjax.pallas_kernels.paged_attention.tuning import MODELS
     from tests.aot import tpu
 
-    for model, heads in tpu.SHAPES.items():
+    for model, heads in MODELS.items():
         compiled = tpu.compile_attention(generation, heads, "bfloat16", decode_only=True)
         bundles, spills = inner_loop(folder)
         for path in folder.iterdir():
             path.unlink()
         q, pages = jax.ShapeDtypeStruct((64, heads[0], heads[2]), jnp.bfloat16), tpu.pool_struct(heads, "bfloat16", 16)
-        block = kernel.make_spec(q, pages, AttentionOptions(num_kv_heads=heads[1], scale=1.0), "decode").block
+        options = AttentionOptions(num_kv_heads=heads[1], scale=1.0)
+        block = kernel.make_spec(q, pages, options, kernel.default_sizes(q, pages, options, "decode")).block
         memory = compiled.memory_analysis()
         figures: dict[str, Any] = {
             "model": model,

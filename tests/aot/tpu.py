@@ -16,15 +16,6 @@ from pjax.pallas_kernels import RaggedBatch, paged_attention
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 HBM = {"v4": 32 << 30, "v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30, "7x": 192 << 30}
-SHAPES = {  # query heads, KV heads, head size
-    "SmolLM2-135M": (9, 3, 64),
-    "Llama-3-8B": (32, 8, 128),
-    "Llama-3-70B": (64, 8, 128),
-    "Pythia-2.8B": (32, 32, 80),
-    "GPT-NeoX-20B": (64, 64, 96),
-    "OPT-6.7B": (32, 32, 128),
-    "gpt2-xl": (25, 25, 64),
-}
 POOL_BYTES = 512 << 20  # a small pool would hide a copy of it
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from pjax import LLM, BeamSearchParams, InvalidRequestError, SamplingParams
-from tests.tiny import CONFIG, write_model
+from tests.tiny import CONFIG
 
 VOCAB = CONFIG["vocab_size"]
 EOS = [257, 7, 30, 90]  # likely enough to end some beams
@@ -25,16 +25,6 @@ OPTIONS: dict[str, Any] = {
     "progress": False,
 }
 PROMPTS = [[1, 2, 3], [5] * 16, list(range(20, 55))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM(folder, **OPTIONS)
 
 
 @pytest.fixture(scope="module")

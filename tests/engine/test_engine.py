@@ -1,4 +1,4 @@
-"""The engine on a made-up checkpoint: no compile after warm-up, bad input that costs nobody else anything, stops, seeds."""
+"""The engine on a made-up checkpoint: no compile after warm-up, prompts, stops, seeds, log-probabilities, aborts."""
 
 from __future__ import annotations
 
@@ -9,37 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, LLMEngine, SamplingParams, UnsupportedError
+from pjax import LLM, InvalidRequestError, LLMEngine, SamplingParams
 from pjax.config import EngineConfig
-from tests.tiny import CONFIG, write_model
-
-VOCAB = CONFIG["vocab_size"]
-OPTIONS: dict[str, Any] = {
-    "lazy": True,
-    "max_model_len": 96,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "num_pages": 16,
-    "progress": False,
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM(folder, **OPTIONS)
-
-
-def greedy(max_tokens: int = 8, **fields: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **fields)
-
-
-def ids(llm: LLM, prompt: Any, params: SamplingParams) -> list[int]:
-    return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+from tests.engine.common import OPTIONS, VOCAB, greedy, ids
+from tests.tiny import write_model
 
 
 @pytest.mark.slow
@@ -75,90 +48,6 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     assert runner.num_compilations == warm
     assert most == 4
     assert engine.scheduler.pool.num_used == 0
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "prompt is empty, but must have at least 1 token"),
-        ([], "prompt is empty"),
-        ([1] * 96, "prompt has 96 tokens, but max_model_len is 96"),
-        ([0, VOCAB], rf"prompt has token id {VOCAB} at 1, but ids must be in \[0, {VOCAB}\)"),
-        ([0, -1], "prompt has token id -1 at 1"),
-        ([0, 1.5], "prompt has 1.5 at 1, but must have token ids"),
-        (7, "prompt is int, but must be text or token ids"),
-    ],
-    ids=str,
-)
-def test_bad_prompts_cost_nobody_anything(llm: LLM, prompt: Any, message: str) -> None:
-    alone = ids(llm, "hello", greedy())
-    engine = llm.engine
-    engine.add_request("hello", greedy(), "good")
-    outputs = engine.step()
-    with pytest.raises(InvalidRequestError, match=message):
-        engine.add_request(prompt, greedy(), "bad")
-    while engine.has_unfinished_requests:
-        outputs = engine.step()
-    assert outputs[-1].request_id == "good"
-    assert outputs[-1].outputs[0].token_ids == alone
-    with pytest.raises(InvalidRequestError, match=message):
-        llm.generate(["fine", prompt], greedy(), use_tqdm=False)
-    assert not engine.has_unfinished_requests
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"n": 0}, r"n is 0, but must be an integer in \[1, 1024\]"),
-        ({"n": 2, "temperature": 0}, "n is 2, but must be 1 at temperature 0"),
-        ({"max_tokens": 0}, "max_tokens is 0, but must be an integer >= 1"),
-        ({"max_tokens": -3}, "max_tokens is -3"),
-        ({"temperature": -0.1}, "temperature is -0.1, but must be a finite number >= 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0}, r"top_p is 0, but must be in \(0, 1\]"),
-        ({"top_p": 1.01}, "top_p is 1.01"),
-        ({"top_k": -2}, "top_k is -2"),
-        ({"min_p": 2}, "min_p is 2"),
-        ({"seed": -1}, "seed is -1"),
-        ({"logprobs": 21}, r"logprobs is 21, but must be an integer in \[0, 20\]"),
-        ({"stop": [""]}, "stop is ''"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids is -1"),
-    ],
-    ids=str,
-)
-def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidRequestError, match=message):
-        SamplingParams(**fields)
-
-
-def test_a_parameter_that_is_not_applied_is_refused() -> None:
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="tensor_parallel"):
-        LLM("nowhere", tensor_parallel=2)
-
-
-def test_a_request_that_can_never_fit_is_refused(folder: Path) -> None:
-    llm = LLM(folder, **OPTIONS | {"num_pages": 2})
-    with pytest.raises(InvalidRequestError, match=r"need 3 pages \(20 \+ 20 tokens\), but the page pool has 2"):
-        llm.generate([list(range(20))], greedy(20), use_tqdm=False)
-    assert len(ids(llm, [list(range(20))], greedy(12))) == 12
-
-
-def test_bad_models(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        LLM(tmp_path, **OPTIONS)
-    with pytest.raises(UnsupportedError, match=r"MambaForCausalLM is not supported; supported: .*LlamaForCausalLM"):
-        LLM(write_model(tmp_path / "mamba", architectures=["MambaForCausalLM"]), **OPTIONS)
-    with pytest.raises(ConfigError, match="max_model_len is 9000, but the model's own limit is 256"):
-        LLM(folder, **OPTIONS | {"max_model_len": 9000})
-    with pytest.raises(ConfigError, match="kv_cache_memory is 10 bytes, but one page takes 4096"):
-        LLM(folder, **OPTIONS | {"num_pages": None, "kv_cache_memory": 10})
-    broken = write_model(tmp_path / "broken")
-    whole = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        LLM(broken, **OPTIONS)
 
 
 def test_prompts_of_every_shape(llm: LLM) -> None:
@@ -347,74 +236,6 @@ def test_prompts_as_vllm_and_numpy_give_them(llm: LLM) -> None:
             llm.chat(bad, use_tqdm=False)
 
 
-def test_a_cached_prefix_changes_no_token(folder: Path) -> None:
-    rng = np.random.default_rng(1)
-    shared = rng.integers(0, VOCAB, 40).tolist()
-    prompts = [shared + rng.integers(0, VOCAB, n).tolist() for n in (0, 1, 8, 9, 20)] + [shared[:32], shared[:33]]
-    plain = LLM(folder, **OPTIONS, enable_prefix_caching=False).generate(prompts, greedy(), use_tqdm=False)
-    llm = LLM(folder, **OPTIONS)
-    for cached in ([0, 32, 32, 32, 32, 16, 32], [32, 32, 48, 48, 48, 16, 32]):
-        outputs = llm.generate(prompts, greedy(), use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
-        assert all(o.num_cached_tokens <= most for o, most in zip(outputs, cached, strict=True))
-        llm.engine.scheduler.check()
-    assert sum(o.num_cached_tokens for o in outputs) > 0
-    assert all(o.num_cached_tokens == 0 for o in plain)
-
-
-def test_cache_salts_as_vllm_gives_them(folder: Path) -> None:
-    llm = LLM(folder, **OPTIONS)
-    prompt = list(range(33))
-
-    def cached(salt: str | None) -> int:
-        given = {"prompt_token_ids": prompt} | ({} if salt is None else {"cache_salt": salt})
-        return llm.generate(given, greedy(1), use_tqdm=False)[0].num_cached_tokens
-
-    assert [cached(salt) for salt in ("a", "b", None, "a", None)] == [0, 0, 0, 32, 32]
-    for bad in ("", 5):
-        with pytest.raises(InvalidRequestError, match=f"cache_salt is {bad!r}, but must be a non-empty string"):
-            llm.generate({"prompt": "x", "cache_salt": bad}, use_tqdm=False)
-    with pytest.raises(InvalidRequestError, match=r"prompt has keys \['cache_salt'\]"):
-        llm.generate({"cache_salt": "a"}, use_tqdm=False)
-
-
-def test_n_samples_are_what_n_requests_would_draw(folder: Path) -> None:
-    """Prompts that end within a page, at its end, and in one token; seeds, stops and log-probabilities of each sample."""
-    llm = LLM(folder, **OPTIONS)
-    for prompt in ([5] * 20, list(range(32)), [7]):
-        params = {"max_tokens": 20, "logprobs": 2, "ignore_eos": True, "stop_token_ids": list(range(0, 250, 25))}
-        output = llm.generate([prompt], SamplingParams(n=4, seed=40, **params), use_tqdm=False)[0]
-        assert [one.index for one in output.outputs] == [0, 1, 2, 3] and output.finished
-        for index, one in enumerate(output.outputs):
-            alone = llm.generate([prompt], SamplingParams(seed=40 + index, **params), use_tqdm=False)[0].outputs[0]
-            assert (one.token_ids, one.text, one.finish_reason, one.stop_reason) == (
-                alone.token_ids, alone.text, alone.finish_reason, alone.stop_reason
-            )  # fmt: skip
-            assert one.cumulative_logprob == pytest.approx(alone.cumulative_logprob, abs=1e-4)
-        assert len({tuple(one.token_ids) for one in output.outputs}) == 4
-    assert llm.engine.scheduler.pool.num_used == 0
-
-
-def test_more_samples_than_rows_and_pages(folder: Path) -> None:
-    llm = LLM(folder, **OPTIONS | {"num_pages": 7})
-    params = SamplingParams(n=7, seed=3, max_tokens=40, ignore_eos=True)
-    outputs = llm.generate([[5] * 20, [9] * 30], params, use_tqdm=False)
-    roomy = LLM(folder, **OPTIONS | {"num_pages": 100, "max_num_seqs": 16}).generate([[5] * 20, [9] * 30], params, use_tqdm=False)
-    assert [[one.token_ids for one in o.outputs] for o in outputs] == [[one.token_ids for one in o.outputs] for o in roomy]
-    assert sum(o.metrics.num_preemptions for o in outputs) > 0 and sum(o.metrics.num_preemptions for o in roomy) == 0
-
-
-def test_samples_stream_and_are_aborted_together(llm: LLM) -> None:
-    engine = llm.engine
-    name = engine.add_request("hello", SamplingParams(n=3, seed=1, max_tokens=9, ignore_eos=True))
-    engine.step()
-    (output,) = engine.step()
-    assert [len(one.token_ids) for one in output.outputs] == [2, 2, 2] and not output.finished
-    assert output.metrics.finished_time is None
-    assert engine.abort_request(name) and not engine.has_unfinished_requests
-    assert engine.scheduler.pool.num_used == 0
-
-
 def test_generate_leaves_foreign_requests_alone(llm: LLM) -> None:
     llm.engine.add_request("foreign", greedy(), "0")
     with pytest.raises(InvalidRequestError, match="unfinished requests of add_request"):
@@ -431,20 +252,3 @@ def test_the_text_of_a_stop_token_is_kept_only_if_asked(llm: LLM) -> None:
     for keep in (False, True):
         params = greedy(6, stop_token_ids=[stop], include_stop_str_in_output=keep)
         assert llm.generate("hello", params, use_tqdm=False)[0].outputs[0].text == decode(tokens[: end + keep])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"page_size": 16.0}, "page_size is 16.0"),
-        ({"page_size": True}, "page_size is True"),
-        ({"lazy": "no"}, "lazy is 'no'"),
-        ({"attention_backend": "bogus"}, "attention_backend is 'bogus', but must be one of native"),
-        ({"memory_share": None}, "memory_share is None"),
-        ({"max_num_batched_tokens": 2, "max_num_seqs": 4}, "max_num_batched_tokens is 2, but must be >= max_num_seqs 4"),
-    ],
-    ids=str,
-)
-def test_bad_settings(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        EngineConfig(**fields)

@@ -108,5 +108,9 @@ def test_what_does_not_fit_is_named(folders: tuple[Path, Path]) -> None:
     assert addresses(llm.engine.params) == addresses(good)
     with pytest.raises(ConfigError, match="model is int, but must be a path"):
         LLM(3, **OPTIONS)
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', but the model that was given has 'float32'"):
+        LLM(models.load(folders[0], progress=False), dtype="bfloat16", **OPTIONS)
+    with pytest.raises(ConfigError, match="layer_mode is 'scan', but the model that was given has 'unroll'"):
+        LLM(models.load(folders[0], progress=False), layer_mode="scan", **OPTIONS)
     with pytest.raises(ConfigError, match="which has no tokenizer"):
         LLM(models.load(folders[0], progress=False), **OPTIONS | {"skip_tokenizer_init": False})

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pjax.models.config import ConfigReader
@@ -59,7 +58,7 @@ class Toy(nnx.Module):
         self.blocks = LayerStack(lambda: ToyBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
 
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
-        return self.blocks(lambda block, carry, layer: block(*carry, layer, context), (self.embed(token_ids), pages))
+        return self.blocks(self.embed(token_ids), pages, context)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.embed.attend(hidden)
@@ -75,14 +74,6 @@ def weight_table(config: ToyConfig) -> dict[str, Weight]:
 
 def known_leftovers(config: ToyConfig) -> tuple[str, ...]:
     return ()
-
-
-def gguf_name(name: str) -> str:
-    return name
-
-
-def from_gguf(name: str, array: np.ndarray, config: ToyConfig) -> np.ndarray:
-    return array
 
 
 Config, Model = ToyConfig, Toy

@@ -47,8 +47,8 @@ def compiled_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 class TestMosaicGpu(KernelSuite):
     backend = "mosaic_gpu"
-    decode: ClassVar[mosaic_gpu.MosaicGpuSizes] = mosaic_gpu.MosaicGpuSizes(programs=1)
-    prefill: ClassVar[mosaic_gpu.MosaicGpuSizes] = mosaic_gpu.MosaicGpuSizes(programs=1, warpgroups=2)
+    decode: ClassVar[mosaic_gpu.Sizes] = mosaic_gpu.Sizes(programs=1)
+    prefill: ClassVar[mosaic_gpu.Sizes] = mosaic_gpu.Sizes(programs=1, warpgroups=2)
     settings: ClassVar[dict[str, Any]] = {}
     features: ClassVar = [feature for feature in FEATURES if feature.dtype != "float32" and feature.heads[1] < 4] + [
         Feature("narrow", (4, 2, 112), 32, "float16", {"scale": 0.2}),
@@ -64,13 +64,13 @@ class TestMosaicGpu(KernelSuite):
         kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
         assert mosaic_gpu.why_not(q, pool, kept, compute_capability="9.0") is None
         interpret = InterpretGPUParams(**self.settings)
-        return mosaic_gpu.attend(q, pool, batch, kept, decode=self.decode, prefill=self.prefill, interpret=interpret)
+        return mosaic_gpu.attend(q, pool, batch, kept, {"decode": self.decode, "prefill": self.prefill}, interpret=interpret)
 
 
 class TestManySplits(TestMosaicGpu):
     """More splits than short rows have blocks, each block waiting for its one slot, and 64 query rows a tile."""
 
-    decode = prefill = mosaic_gpu.MosaicGpuSizes(slots=1, programs=1000, tokens_per_split=64)
+    decode = prefill = mosaic_gpu.Sizes(slots=1, programs=1000, tokens_per_split=64)
     features: ClassVar = [
         Feature("one", (3, 1, 64), 8, "bfloat16"),
         Feature("decode", (2, 1, 64), 16, "bfloat16", {"sliding_window": 70}),
@@ -81,7 +81,7 @@ class TestManySplits(TestMosaicGpu):
 class TestManyHeads(TestMosaicGpu):
     """A decode row's query heads take two warpgroups; blocks of 128 tokens."""
 
-    decode = prefill = mosaic_gpu.MosaicGpuSizes(block=128, programs=1)
+    decode = prefill = mosaic_gpu.Sizes(block=128, programs=1)
     features: ClassVar = [Feature("one", (71, 1, 64), 16, "bfloat16"), Feature("narrow", (80, 1, 128), 64, "bfloat16")]
 
 
@@ -89,8 +89,8 @@ class TestRaces(TestMosaicGpu):
     """Reads and writes of the same memory that no barrier orders, by vector clocks."""
 
     settings: ClassVar = {"detect_races": True}
-    decode = mosaic_gpu.MosaicGpuSizes(slots=2, programs=1)
-    prefill = mosaic_gpu.MosaicGpuSizes(slots=2, programs=1, warpgroups=2)
+    decode = mosaic_gpu.Sizes(slots=2, programs=1)
+    prefill = mosaic_gpu.Sizes(slots=2, programs=1, warpgroups=2)
     features: ClassVar = [
         Feature("narrow", (2, 1, 80), 16, "bfloat16"),
         Feature("decode", (1, 1, 64), 64, "bfloat16"),
@@ -114,7 +114,7 @@ def test_pages_before_the_window_are_not_read() -> None:
         jnp.asarray(step.pool_after),
         dataclasses.replace(step.batch, block_tables=tables),
         AttentionOptions(num_kv_heads=1, scale=64**-0.5, sliding_window=window),
-        decode=mosaic_gpu.MosaicGpuSizes(programs=1),
+        {"decode": mosaic_gpu.Sizes(programs=1)},
         interpret=InterpretGPUParams(),
     )
     np.testing.assert_allclose(np.asarray(out, np.float64), step.expected, atol=1e-2, rtol=1e-2)

@@ -75,7 +75,7 @@ class TestManyBlocks(TestTpu):
 
     def attend(self, q: jax.Array, pool: jax.Array, batch: RaggedBatch, **options: Any) -> jax.Array:
         kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
-        return tpu.attend(q, pool, batch, kept, decode=tpu.Sizes(block=16), prefill=tpu.Sizes(block=16, rows=16))
+        return tpu.attend(q, pool, batch, kept, {"decode": tpu.Sizes(block=16), "prefill": tpu.Sizes(block=16, rows=16)})
 
 
 def test_only_live_pages_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

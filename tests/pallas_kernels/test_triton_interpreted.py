@@ -19,7 +19,7 @@ class TestTriton(KernelSuite):
     def attend(self, q: jax.Array, pool: jax.Array, batch: RaggedBatch, **options: Any) -> jax.Array:
         kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
         assert triton.why_not(q, pool, kept) is None
-        return triton.attend(q, pool, batch, kept, interpret=True, **self.sizes)
+        return triton.attend(q, pool, batch, kept, self.sizes, interpret=True)
 
 
 class TestManySplits(TestTriton):

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,13 @@ from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 
 OPTIONS = AttentionOptions(num_kv_heads=2, scale=1.0)
 Q, PAGES = jax.ShapeDtypeStruct((4, 4, 64), jnp.float32), jax.ShapeDtypeStruct((8, 16, 256), jnp.float32)
+
+
+def block_of(phase: str, pages: Any = PAGES, **given: tpu.Sizes) -> int:
+    """What a call would take."""
+    return tuning.choose("tpu", tpu.default_sizes, Q, pages, OPTIONS, given)[phase].block
+
+
 SHAPE = tuning.Shape(dtype="float32", page_size=16, num_heads=4, num_kv_heads=2, head_size=64)
 
 
@@ -29,20 +37,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_was_measured_is_used(folder: Path) -> None:
-    assert tpu.make_spec(Q, PAGES, OPTIONS, "decode").block == 256
+    assert block_of("decode") == 256
     for block in (64, 32):  # a later measurement replaces an earlier one
         tuning.write_entries("cpu", {("tpu", "decode", SHAPE): {"sizes": {"block": block}, "microseconds": 1.0}}, folder)
-        assert tpu.make_spec(Q, PAGES, OPTIONS, "decode").block == block
-    assert tpu.make_spec(Q, PAGES, OPTIONS, "prefill").block == 128  # another phase
-    assert tpu.make_spec(Q, jax.ShapeDtypeStruct((8, 8, 256), jnp.float32), OPTIONS, "decode").block == 256  # another page size
-    assert tpu.make_spec(Q, PAGES, OPTIONS, "decode", tpu.Sizes(block=16)).block == 16  # the caller's own
+        assert block_of("decode") == block
+    assert block_of("prefill") == 128  # another phase
+    assert block_of("decode", jax.ShapeDtypeStruct((8, 8, 256), jnp.float32)) == 256  # another page size
+    assert block_of("decode", decode=tpu.Sizes(block=16)) == 16  # the caller's own
     assert len(json.loads((folder / "cpu.json").read_text())["entries"]) == 1
 
 
 def test_another_kind_of_device_has_its_own(folder: Path) -> None:
     path = tuning.write_entries("TPU v5 lite", {("tpu", "decode", SHAPE): {"sizes": {"block": 64}}}, folder)
     assert path.name == "tpu-v5-lite.json"
-    assert tpu.make_spec(Q, PAGES, OPTIONS, "decode").block == 256
+    assert block_of("decode") == 256
 
 
 @pytest.mark.parametrize(
@@ -51,13 +59,13 @@ def test_another_kind_of_device_has_its_own(folder: Path) -> None:
 def test_a_damaged_file_is_named(folder: Path, text: str) -> None:
     (folder / "cpu.json").write_text(text)
     with pytest.raises(ValueError, match=r"cpu\.json: not a list of tuned sizes"):
-        tpu.make_spec(Q, PAGES, OPTIONS, "decode")
+        block_of("decode")
 
 
 def test_an_unknown_size_is_named(folder: Path) -> None:
     tuning.write_entries("cpu", {("tpu", "decode", SHAPE): {"sizes": {"warps": 4}}}, folder)
     with pytest.raises(ValueError, match=r"cpu\.json: sizes of 'tpu' are \['warps'\], but must be of \['block', 'rows'\]"):
-        tpu.make_spec(Q, PAGES, OPTIONS, "decode")
+        block_of("decode")
 
 
 @pytest.mark.timeout(120)
@@ -82,4 +90,4 @@ def test_the_script_times_and_writes(folder: Path, monkeypatch: pytest.MonkeyPat
     assert entry["sizes"] == {"block": 32}
     assert entry["microseconds"] == 1e6
     assert entry["default_microseconds"] == 3e6
-    assert tpu.make_spec(Q, PAGES, OPTIONS, "decode").block == 32
+    assert block_of("decode") == 32

@@ -57,6 +57,19 @@ class Checkpoint(ABC):
         self.close()
 
 
+class FolderCheckpoint(Checkpoint):
+    """A checkpoint in a folder with Hugging Face's config files."""
+
+    def hf_config(self) -> dict[str, Any]:
+        """config.json."""
+        return read_json(self.path / "config.json")
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing."""
+        path = self.path / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
+
+
 def read_json(path: Path, *, is_unique: bool = False) -> dict[str, Any]:
     """A JSON object; CheckpointError names the file when it is none, or where `is_unique` has a name twice."""
     try:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pjax.errors import CheckpointError, UnsupportedError
-from pjax.models.checkpoints.base import Checkpoint, read_json
+from pjax.models.checkpoints.base import FolderCheckpoint, read_json
 from pjax.models.checkpoints.safetensors_file import read_safetensors_header
 from pjax.models.checkpoints.stored import StoredTensor
 from pjax.models.checkpoints.torch_zip import read_torch_header
@@ -41,7 +40,7 @@ LAYOUTS = (
 """The first that a folder has is read."""
 
 
-class HFFolder(Checkpoint):
+class HFFolder(FolderCheckpoint):
     """A folder with config.json and safetensors, or else torch files.
 
     Raises CheckpointError when a file is missing or damaged, UnsupportedError when the weights have another format.
@@ -82,15 +81,6 @@ class HFFolder(Checkpoint):
         if absent:
             raise CheckpointError(f"{index} names {len(absent)} tensors that its files do not have: {', '.join(absent)}")
         return tensors
-
-    def hf_config(self) -> dict[str, Any]:
-        """config.json."""
-        return read_json(self.path / "config.json")
-
-    def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing."""
-        path = self.path / "generation_config.json"
-        return read_json(path) if path.is_file() else {}
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor."""

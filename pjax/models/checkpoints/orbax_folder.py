@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from pjax.errors import CheckpointError
-from pjax.models.checkpoints.base import Checkpoint, read_json
+from pjax.models.checkpoints.base import FolderCheckpoint, read_json
 from pjax.models.checkpoints.stored import DTYPES
 from pjax.models.weights import Source, flat_shardings, loading_bar, source_paths
 
@@ -47,7 +47,7 @@ class Parameter:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class OrbaxFolder(Checkpoint):
+class OrbaxFolder(FolderCheckpoint):
     """A folder that `pjax.convert` wrote. Raises CheckpointError when a file is missing or damaged."""
 
     format = "orbax"
@@ -57,15 +57,6 @@ class OrbaxFolder(Checkpoint):
         self._parameters = _read_manifest(path)
         self._where = {name: (key, shape) for key, parameter in self._parameters.items() for name, shape in parameter.source.parts}
         self._last: tuple[str, np.ndarray] | None = None  # one parameter can make several tensors
-
-    def hf_config(self) -> dict[str, Any]:
-        """config.json."""
-        return read_json(self.path / "config.json")
-
-    def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing."""
-        path = self.path / "generation_config.json"
-        return read_json(path) if path.is_file() else {}
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name and shape of every tensor."""

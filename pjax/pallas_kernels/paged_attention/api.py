@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # Each backend's module has `attend(q, pages, batch, options)`, and `why_not(q, pages, options)`, which gives the reason
 # why it can't serve these arguments. Imported when it is first asked, since Pallas takes a while.
-BACKENDS = {"native": "native", "tpu": "tpu", "triton": "triton", "mosaic_gpu": "mosaic_gpu", "xla": "xla", "reference": "reference"}
+BACKENDS = ("native", "tpu", "triton", "mosaic_gpu", "xla", "reference")  # as their modules are called
 PREFERRED = {"cpu": ("native",), "tpu": ("tpu",), "gpu": ("triton",)}  # by platform, best first; after them XLA, which takes everything
 PACKAGE = "pjax.pallas_kernels.paged_attention"
 BACKEND_VARIABLE = "PJAX_ATTENTION_BACKEND"
@@ -77,7 +77,7 @@ def paged_attention(
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{PACKAGE}.{BACKENDS[name]}")
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def _named(name: str, q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Any:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.paged_attention.splits import join_splits
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
-from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
+from pjax.pallas_kernels.paged_attention.tuning import choose
 
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 LOG2E = math.log2(math.e)
@@ -52,7 +53,7 @@ CANDIDATES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MosaicGpuSizes:
+class Sizes:
     """What may be tuned, for each phase. Every choice gives the same result; speed differs. The defaults are not measured."""
 
     block: int = 64  # tokens of KV that one step of the inner loop takes; a multiple of 64
@@ -167,38 +168,32 @@ def attend(
     pages: jax.Array,
     batch: RaggedBatch,
     options: AttentionOptions,
+    sizes: Mapping[str, Sizes] | None = None,
     *,
-    decode: MosaicGpuSizes | None = None,
-    prefill: MosaicGpuSizes | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
     Args:
-      decode, prefill: how to cut the work of each phase; by default the sizes tuned for this shape, or the defaults.
+      sizes: by phase; those that are not given are tuned ones, or the default.
       interpret: parameters of Mosaic GPU's interpreter, to run without a GPU.
     """
-    num_tokens, shape = q.shape[0], Shape.of(q, pages, options)
-    ratio = q.shape[1] // options.num_kv_heads
+    num_tokens, ratio = q.shape[0], q.shape[1] // options.num_kv_heads
+    chosen = choose("mosaic_gpu", default_sizes, q, pages, options, sizes)
+    if ratio > ROWS:  # one warpgroup's rows do not hold a token's heads
+        chosen = {phase: dataclasses.replace(one, warpgroups=2) for phase, one in chosen.items()}
     call = functools.partial(_attend, q, pages, batch, options, interpret=interpret)
-
-    def sizes_of(phase: str, given: MosaicGpuSizes | None) -> MosaicGpuSizes:
-        sizes = given or tuned("mosaic_gpu", phase, default_sizes(q, pages, options, phase), shape)
-        return sizes if ratio <= ROWS else dataclasses.replace(sizes, warpgroups=2)
-
-    sizes = sizes_of("decode", decode)
-    out = call(Tiles.of_decode(batch, num_tokens), sizes, name="paged_decode")
+    out = call(Tiles.of_decode(batch, num_tokens), chosen["decode"], name="paged_decode")
     if batch.decode_only:
         return out
-    sizes = sizes_of("prefill", prefill)
-    tiles = Tiles.of(batch, num_tokens, sizes.warpgroups * ROWS // ratio)
-    others = call(tiles, sizes, name="paged_prefill")
+    tiles = Tiles.of(batch, num_tokens, chosen["prefill"].warpgroups * ROWS // ratio)
+    others = call(tiles, chosen["prefill"], name="paged_prefill")
     return jnp.where((jnp.arange(num_tokens, dtype=jnp.int32) < batch.num_decode)[:, None, None], out, others)
 
 
-def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str) -> MosaicGpuSizes:
+def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str) -> Sizes:
     """Sizes for "decode" or "prefill"."""
-    return MosaicGpuSizes(warpgroups=2 if phase == "prefill" else 1)
+    return Sizes(warpgroups=2 if phase == "prefill" else 1)
 
 
 def _attend(
@@ -207,7 +202,7 @@ def _attend(
     batch: RaggedBatch,
     options: AttentionOptions,
     tiles: Tiles,
-    sizes: MosaicGpuSizes,
+    sizes: Sizes,
     *,
     name: str,
     interpret: Any,

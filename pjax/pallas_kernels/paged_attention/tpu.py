@@ -11,7 +11,7 @@ product per head; each head reads an aligned lane window around its own lanes, w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
-from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
+from pjax.pallas_kernels.paged_attention.tuning import choose
 
 LANES = 128
 BUFFER_BYTES = 4 << 20  # of VMEM for two blocks of pages
@@ -113,25 +113,20 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | 
 
 
 def attend(
-    q: jax.Array,
-    pages: jax.Array,
-    batch: RaggedBatch,
-    options: AttentionOptions,
-    *,
-    decode: Sizes | None = None,
-    prefill: Sizes | None = None,
+    q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions, sizes: Mapping[str, Sizes] | None = None
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
-    float32 and bfloat16; q and pages of the same dtype. Padding gives zeros. Sizes are the tuned ones, if none are given.
+    Args:
+      sizes: by phase; those that are not given are tuned ones, or the default.
     """
-    out = _decode(q, pages, batch, make_spec(q, pages, options, "decode", decode))
-    return out if batch.decode_only else _prefill(out, q, pages, batch, make_spec(q, pages, options, "prefill", prefill))
+    chosen = choose("tpu", default_sizes, q, pages, options, sizes)
+    out = _decode(q, pages, batch, make_spec(q, pages, options, chosen["decode"]))
+    return out if batch.decode_only else _prefill(out, q, pages, batch, make_spec(q, pages, options, chosen["prefill"]))
 
 
-def make_spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, phase: str, sizes: Sizes | None = None) -> _Spec:
-    """What the kernel of a phase is traced with."""
-    sizes = sizes or tuned("tpu", phase, default_sizes(q, pages, options, phase), Shape.of(q, pages, options))
+def make_spec(q: jax.Array, pages: jax.Array, options: AttentionOptions, sizes: Sizes) -> _Spec:
+    """What a kernel is traced with."""
     _, page_size, width = pages.shape
     fits = BUFFER_BYTES // (2 * width * pages.dtype.itemsize)
     return _Spec(
@@ -155,7 +150,35 @@ class _Span(NamedTuple):
     stop: Any
 
 
-@dataclass(frozen=True, kw_only=True)
+class _Refs(NamedTuple):
+    """What both kernels get after their own scalars."""
+
+    table: Any  # SMEM [1, 1, W]: the block table's row of this grid step
+    next_table: Any  # and of the next
+    q: Any
+    pages: Any  # the pool in HBM
+    out: Any
+    buffer: Any  # VMEM [2, block, 2·K·H]
+    acc: Any  # float32 [..., rows, lanes of values]
+    top: Any  # float32 [..., rows, 128], equal lanes
+    total: Any
+    turn: Any  # SMEM [1]: the slot of this grid step's first block
+    semaphores: Any  # DMA [2]
+
+
+def _scratch(rows: tuple[int, ...], lanes: int, pages: jax.Array, spec: _Spec) -> list[Any]:
+    """Of the last six of `_Refs`, for an accumulator of `rows` and lanes."""
+    return [
+        pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
+        pltpu.VMEM((*rows, lanes), jnp.float32),
+        pltpu.VMEM((*rows, LANES), jnp.float32),
+        pltpu.VMEM((*rows, LANES), jnp.float32),
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+
+
+@dataclass(frozen=True)
 class _Stream:
     """Copies the blocks of each grid step's span from HBM, one ahead of their use.
 
@@ -163,12 +186,7 @@ class _Stream:
     copy. Grid steps with work come before those without, in one order on one core.
     """
 
-    table: Any  # SMEM [1, 1, W]: the block table's row of this grid step
-    next_table: Any  # and of the next
-    pages: Any  # the pool in HBM
-    buffer: Any  # VMEM [2, block, 2·K·H]
-    turn: Any  # SMEM [1]: the slot of this grid step's first block
-    semaphores: Any  # DMA [2]
+    refs: _Refs
     spec: _Spec
 
     def run(self, spans: Callable[[Any], _Span], step: Callable[[Any, Any], None]) -> None:
@@ -180,13 +198,13 @@ class _Stream:
 
         @pl.when(this == 0)
         def _() -> None:
-            self.turn[0] = 0
+            self.refs.turn[0] = 0
 
             @pl.when(span.stop > 0)
             def _() -> None:
-                self.start(span, first_block, 0, lambda column: self.table[0, 0, column])
+                self.start(span, first_block, 0, lambda column: self.refs.table[0, 0, column])
 
-        turned = self.turn[0]
+        turned = self.refs.turn[0]
 
         @pl.loop(first_block, num_blocks)
         def _(index: Any) -> None:
@@ -199,13 +217,13 @@ class _Stream:
                     _Span(*(jnp.where(last, b, a) for a, b in zip(span, after, strict=True))),
                     jnp.where(last, after.first // spec.block, index + 1),
                     1 - slot,
-                    lambda column: jnp.where(last, self.next_table[0, 0, column], self.table[0, 0, column]),
+                    lambda column: jnp.where(last, self.refs.next_table[0, 0, column], self.refs.table[0, 0, column]),
                 )
 
             self.wait(span, index, slot)
             step(index, slot)
 
-        self.turn[0] = lax.rem(turned + num_blocks - first_block, 2)
+        self.refs.turn[0] = lax.rem(turned + num_blocks - first_block, 2)
 
     def live(self, span: _Span, index: Any) -> tuple[Any, Any]:
         """Pages [low, high) of block `index` that hold tokens of the span."""
@@ -220,15 +238,15 @@ class _Stream:
 
             @pl.when((column >= low) & (column < high))
             def _(column: Any = column, j: int = j) -> None:
-                target = self.buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
-                pltpu.make_async_copy(self.pages.at[page_id(column)], target, self.semaphores.at[slot]).start()
+                target = self.refs.buffer.at[slot, pl.ds(j * spec.page_size, spec.page_size)]
+                pltpu.make_async_copy(self.refs.pages.at[page_id(column)], target, self.refs.semaphores.at[slot]).start()
 
     def wait(self, span: _Span, index: Any, slot: Any) -> None:
         """Waits for all copies of a block at once: a wait counts bytes."""
         low, high = self.live(span, index)
         num_tokens = pl.multiple_of((high - low) * self.spec.page_size, self.spec.page_size)
-        copied = self.buffer.at[slot, pl.ds(0, num_tokens)]
-        pltpu.make_async_copy(copied, copied, self.semaphores.at[slot]).wait()
+        copied = self.refs.buffer.at[slot, pl.ds(0, num_tokens)]
+        pltpu.make_async_copy(copied, copied, self.refs.semaphores.at[slot]).wait()
 
 
 def _table_specs(num_steps: int, width: int, row: Callable[..., Any]) -> list[pl.BlockSpec]:
@@ -282,22 +300,10 @@ def _first_seen(position: Any, spec: _Spec) -> Any:
 # ---- decode
 
 
-def _decode_kernel(
-    lens: Any,
-    table: Any,
-    next_table: Any,
-    q: Any,
-    pages: Any,
-    out: Any,
-    buffer: Any,
-    acc: Any,
-    top: Any,
-    total: Any,
-    turn: Any,
-    semaphores: Any,
-    *,
-    spec: _Spec,
-) -> None:
+def _decode_kernel(lens: Any, *args: Any, spec: _Spec) -> None:
+    refs = _Refs(*args)
+    q, buffer = refs.q, refs.buffer
+
     def span(row: Any) -> _Span:
         return _Span(_first_seen(lens[row] - 1, spec), lens[row])
 
@@ -317,21 +323,20 @@ def _decode_kernel(
     for j in range(ratio):
         spread = jnp.where(own_lanes(spread.shape, 0, j), q[0, j : j + 1].astype(jnp.float32), spread)
     spread = spread.astype(q.dtype)
-    _clear(top, total, acc)
+    _clear(refs.top, refs.total, refs.acc)
 
     def step(index: Any, slot: Any) -> None:
         values = _live_values(buffer[slot, :, value_start:value_stop], index, first, stop, spec)
         positions = index * spec.block + lax.broadcasted_iota(jnp.int32, (num_heads, spec.block), 1)
         visible = (positions >= first) & (positions < stop)
         scores = _scores(spread, buffer[slot, :, key_start:key_stop], visible, spec)
-        _accumulate(scores, values, visible, top, total, acc, spec)
+        _accumulate(scores, values, visible, refs.top, refs.total, refs.acc, spec)
 
-    stream = _Stream(table=table, next_table=next_table, pages=pages, buffer=buffer, turn=turn, semaphores=semaphores, spec=spec)
-    stream.run(span, step)
-    result = acc[...] / jnp.maximum(total[:, :1], 1e-30)
+    _Stream(refs, spec).run(span, step)
+    result = refs.acc[...] / jnp.maximum(refs.total[:, :1], 1e-30)
     offset = spec.num_kv_heads * spec.head_size - value_start
     for j in range(ratio):
-        out[0, j] = jnp.sum(jnp.where(own_lanes(result.shape, offset, j), result, 0.0), axis=0).astype(out.dtype)
+        refs.out[0, j] = jnp.sum(jnp.where(own_lanes(result.shape, offset, j), result, 0.0), axis=0).astype(refs.out.dtype)
 
 
 def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> jax.Array:
@@ -357,14 +362,7 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> 
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec((1, ratio, value_lanes), lambda row, *_: (row, 0, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
-                pltpu.VMEM((num_heads, value_lanes), jnp.float32),
-                pltpu.VMEM((num_heads, LANES), jnp.float32),
-                pltpu.VMEM((num_heads, LANES), jnp.float32),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
+            scratch_shapes=_scratch((num_heads,), value_lanes, pages, spec),
         ),
         name="paged_decode",
     )(lens, tables, tables, by_lane, pages)
@@ -376,24 +374,11 @@ def _decode(q: jax.Array, pages: jax.Array, batch: RaggedBatch, spec: _Spec) -> 
 # ---- prefill
 
 
-def _prefill_kernel(
-    rows: Any,
-    counts: Any,
-    starts: Any,
-    table: Any,
-    next_table: Any,
-    q: Any,
-    pages: Any,
-    out: Any,
-    buffer: Any,
-    acc: Any,
-    top: Any,
-    total: Any,
-    turn: Any,
-    semaphores: Any,
-    *,
-    spec: _Spec,
-) -> None:
+def _prefill_kernel(rows: Any, counts: Any, starts: Any, *args: Any, spec: _Spec) -> None:
+    del rows  # for the block table's index map
+    refs = _Refs(*args)
+    q, buffer, acc, top, total = refs.q, refs.buffer, refs.acc, refs.top, refs.total
+
     def span(tile: Any) -> _Span:
         return _Span(_first_seen(starts[tile], spec), jnp.where(counts[tile] > 0, starts[tile] + counts[tile], 0))
 
@@ -417,10 +402,9 @@ def _prefill_kernel(
             lanes = pl.ds(0, value_stop - value_start)
             _accumulate(scores, values, visible, top.at[head], total.at[head], acc.at[head, :, lanes], spec)
 
-    stream = _Stream(table=table, next_table=next_table, pages=pages, buffer=buffer, turn=turn, semaphores=semaphores, spec=spec)
-    stream.run(span, step)
+    _Stream(refs, spec).run(span, step)
     for head in range(spec.num_kv_heads):
-        out[head, 0] = (acc[head] / jnp.maximum(total[head][:, :1], 1e-30)).astype(out.dtype)
+        refs.out[head, 0] = (acc[head] / jnp.maximum(total[head][:, :1], 1e-30)).astype(refs.out.dtype)
 
 
 def _placement(spec: _Spec, first: int, lanes: int) -> np.ndarray:
@@ -466,14 +450,7 @@ def _prefill(out: jax.Array, q: jax.Array, pages: jax.Array, batch: RaggedBatch,
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec((num_kv_heads, 1, num_rows, value_lanes), lambda m, *_: (0, m, 0, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
-                pltpu.VMEM((num_kv_heads, num_rows, value_lanes), jnp.float32),
-                pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
-                pltpu.VMEM((num_kv_heads, num_rows, LANES), jnp.float32),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
+            scratch_shapes=_scratch((num_kv_heads, num_rows), value_lanes, pages, spec),
         ),
         name="paged_prefill",
     )(tiles.rows, tiles.counts, tiles.positions, tables, tables, queries, pages)

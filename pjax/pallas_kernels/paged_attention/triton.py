@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 from pjax.pallas_kernels.paged_attention.splits import join_splits
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
-from pjax.pallas_kernels.paged_attention.tuning import Shape, tuned
+from pjax.pallas_kernels.paged_attention.tuning import choose
 
 MASKED = -1e30  # finite, so that a fully masked block gives no NaN
 LEAST_ROWS = 16  # that a product takes
@@ -77,20 +78,19 @@ def attend(
     pages: jax.Array,
     batch: RaggedBatch,
     options: AttentionOptions,
+    sizes: Mapping[str, Sizes] | None = None,
     *,
-    decode: Sizes | None = None,
-    prefill: Sizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages. See `paged_attention` for arguments.
 
     Args:
-      decode, prefill: how to cut the decode rows and the others; by default what was tuned, or `default_sizes`.
+      sizes: by phase; those that are not given are tuned ones, or the default.
       interpret: run without a GPU, for tests.
     """
-    num_tokens, shape = q.shape[0], Shape.of(q, pages, options)
-    decode = decode or tuned("triton", "decode", default_sizes(q, pages, options, "decode"), shape)
-    prefill = prefill or tuned("triton", "prefill", default_sizes(q, pages, options, "prefill"), shape)
+    num_tokens = q.shape[0]
+    chosen = choose("triton", default_sizes, q, pages, options, sizes)
+    decode, prefill = chosen["decode"], chosen["prefill"]
     tiles = Tiles.of_decode(batch, num_tokens)
     out = _attend(q, pages, batch, options, tiles, decode, name="paged_decode", interpret=interpret)
     if batch.decode_only:

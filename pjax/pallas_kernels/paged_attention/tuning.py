@@ -1,8 +1,8 @@
 """Block sizes as data: what `scripts/tune_kernels.py` measured on a kind of device, or else a backend's defaults.
 
 `tuned/<device kind>.json` holds a list of entries: backend, phase and shape, and the sizes that were fastest there. A backend that
-has sizes gives its module `default_sizes(q, pages, options, phase)`, a dataclass of integers; `CANDIDATES`, the values to try for
-some of its fields by phase; and lets `attend` take `decode=` and `prefill=`.
+has sizes gives its module `default_sizes(q, pages, options, phase)`, a dataclass of integers, and `CANDIDATES`, the values to try for
+some of its fields by phase; its `attend` takes sizes by phase, and `choose` fills in those that the caller leaves open.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,16 @@ import jax
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
 
 FOLDER = Path(__file__).with_name("tuned")
+MODELS = {  # query heads, KV heads, head size: shapes worth knowing
+    "SmolLM2-135M": (9, 3, 64),
+    "Llama-3-8B": (32, 8, 128),
+    "Llama-3-70B": (64, 8, 128),
+    "Pythia-2.8B": (32, 32, 80),
+    "GPT-NeoX-20B": (64, 64, 96),
+    "OPT-6.7B": (32, 32, 128),
+    "gpt2-xl": (25, 25, 64),
+}
+PHASES = ("decode", "prefill")
 Sizes = TypeVar("Sizes")
 
 
@@ -44,6 +54,19 @@ class Shape:
             num_kv_heads=options.num_kv_heads,
             head_size=q.shape[2],
         )
+
+
+def choose(
+    backend: str,
+    default: Callable[[jax.Array, jax.Array, AttentionOptions, str], Sizes],
+    q: jax.Array,
+    pages: jax.Array,
+    options: AttentionOptions,
+    given: Mapping[str, Sizes] | None,
+) -> dict[str, Sizes]:
+    """A call's sizes by phase: the given ones, or else the tuned ones, or else the default."""
+    shape = Shape.of(q, pages, options)
+    return {phase: (given or {}).get(phase) or tuned(backend, phase, default(q, pages, options, phase), shape) for phase in PHASES}
 
 
 def tuned(backend: str, phase: str, default: Sizes, shape: Shape) -> Sizes:
