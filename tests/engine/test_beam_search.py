@@ -61,11 +61,11 @@ def found_by_transformers(model: Any, prompt: list[int], params: BeamSearchParam
 
 
 def check(llm: LLM, reference: Any, params: BeamSearchParams, eos: list[int], prompts: list[list[int]] = PROMPTS) -> list[str]:
-    kept, llm.engine._eos = llm.engine._eos, frozenset(eos)
+    kept, llm.engine._intake.eos_token_ids = llm.engine._intake.eos_token_ids, frozenset(eos)
     try:
         outputs = llm.beam_search(prompts, params)
     finally:
-        llm.engine._eos = kept
+        llm.engine._intake.eos_token_ids = kept
     reasons = []
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = found_by_transformers(reference, prompt, params, [] if params.ignore_eos else eos)

@@ -154,13 +154,13 @@ def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path, llm: LLM) -> None
 def test_end_of_sequence_ends_unless_ignored(llm: LLM) -> None:
     engine = llm.engine
     eos = ids(llm, "hello", greedy(4))[3]
-    kept, engine._eos = engine._eos, frozenset({eos})
+    kept, engine._intake.eos_token_ids = engine._intake.eos_token_ids, frozenset({eos})
     try:
         output = llm.generate("hello", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)[0].outputs[0]
         assert (output.finish_reason, output.stop_reason, output.token_ids[-1]) == ("stop", None, eos)
         assert len(ids(llm, "hello", greedy(9))) == 9
     finally:
-        engine._eos = kept
+        engine._intake.eos_token_ids = kept
 
 
 def test_abort_frees_pages_and_leaves_others_alone(folder: Path, llm: LLM) -> None:

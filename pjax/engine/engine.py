@@ -1,0 +1,222 @@
+"""The engine: scheduler + runner + text. A step is schedule, execute, commit."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pjax.config import EngineConfig
+from pjax.engine.intake import Intake, Prompt
+from pjax.engine.views import Views
+from pjax.errors import ConfigError
+from pjax.memory import choose_num_pages, describe_pool
+from pjax.models import open_model
+from pjax.models.given import match, source_of
+from pjax.outputs import RequestOutput
+from pjax.params import BeamSearchParams, SamplingParams
+from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
+from pjax.scheduler import Request, Scheduler
+from pjax.text.loading import load_tokenizer
+from pjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Serves requests step by step.
+
+    `add_request` accepts or refuses one at once; each `step` computes tokens for all that run and returns the outputs
+    that changed. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: EngineConfig | None = None,
+        *,
+        params: Any = None,
+        tokenizer: str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        use_compilation_cache(config.compilation_cache_dir)
+        platform = jax.default_backend()
+        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
+        if isinstance(model, str | Path):
+            source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
+        else:
+            source = source_of(model)
+            for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, model.blocks.mode)):
+                if asked not in ("auto", own):
+                    raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
+            layer_mode = model.blocks.mode
+            if tokenizer is None and not skip_tokenizer_init:
+                raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
+        self._abstract = source.abstract
+        given = None if params is None else match(source.abstract, params)
+        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
+        self.model_config = source.config
+        self.max_model_len = self._resolve_length(source.config.max_position)
+        kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
+        num_pages = choose_num_pages(config, source.config, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
+        log.info("%s: %.2f GiB of %s weights, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, layer_mode)
+        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
+        limits: dict[str, int] = {
+            "num_pages": num_pages,
+            "page_size": config.page_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+        }
+        self.scheduler = Scheduler(**limits, enable_prefix_caching=config.enable_prefix_caching)
+        self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=source.config.vocab_size,
+            eos_token_ids=frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ()),
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            seed=config.seed,
+        )
+        self._views = Views(self.tokenizer)
+        self._names = itertools.count()
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
+        load = partial(source.load, progress=progress) if given is None else lambda: given
+        self._weights: Future[Any] | None = self._loading.submit(load)
+        if not config.lazy:
+            self.runner.warmup(progress=progress)
+            self._wait_for_weights()
+
+    def _wait_for_weights(self) -> None:
+        if self._weights is not None:
+            self.runner.set_params(self._weights.result())
+            self._weights = None
+            self._loading.shutdown()
+
+    @property
+    def params(self) -> Any:
+        """The parameters, an NNX state of the very arrays that the steps read."""
+        self._wait_for_weights()
+        return jax.tree.unflatten(jax.tree.structure(self._abstract), self.runner.params)
+
+    def update_params(self, params: Any, *, restart: bool = False) -> None:
+        """Swaps the parameters between two steps, without a copy; cached prefixes are dropped.
+
+        Requests that run go on with the keys and values that they have, or, with `restart`, compute all their tokens again.
+
+        Args:
+          params: a state as `params` gives it, a module, or a tree of dictionaries with its names; shapes and types must be the same.
+
+        Raises ConfigError, and changes nothing, when they do not fit.
+        """
+        given = match(self._abstract, params)
+        self._wait_for_weights()
+        self.runner.set_params(given)
+        if restart:
+            self.scheduler.preempt_all()
+        self.scheduler.kv.forget()
+
+    def prefetch(self) -> None:
+        """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""
+        lengths = self.scheduler.waiting_lengths()
+        budget, total = self.config.max_num_batched_tokens, sum(lengths)
+        rows = min(self.scheduler.num_waiting_sequences, self.config.max_num_seqs)
+        chunks = {budget, total % budget} if total > budget else {total}
+        if any(length > 1 for length in lengths):
+            for chunk in sorted(chunks - {0}):
+                self.runner.prefetch_for(chunk, rows, decode_only=False)
+        if rows:
+            self.runner.prefetch_for(rows, rows, decode_only=True)
+
+    def _resolve_length(self, limit: int) -> int:
+        wanted = self.config.max_model_len
+        if wanted is not None and wanted > limit:
+            raise ConfigError(f"max_model_len is {wanted}, but the model's own limit is {limit}")
+        return wanted or limit
+
+    # ---- requests
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams | None = None,
+        request_id: str | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Queues a prompt (text or token ids) and returns its id.
+
+        Its cached pages are shared only with requests of the same `cache_salt`: whoever can't guess another's salt can't learn
+        from the time to the first token what the other asked.
+
+        Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
+        """
+        request_id = self._free_id() if request_id is None else request_id
+        requests = self._intake.requests(request_id, prompt, params, cache_salt)
+        self.scheduler.add(*requests)
+        self._intake.give_seeds(requests)
+        self._views.add(prompt if isinstance(prompt, str) else None, requests, requests[0].params)
+        return request_id
+
+    def _free_id(self) -> str:
+        return next(name for name in map(str, self._names) if name not in self._views)
+
+    def abort_request(self, request_id: str) -> bool:
+        """Ends a request and frees its pages; False when there is none of that id."""
+        self._views.forget(request_id)
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting or running."""
+        return self.scheduler.has_work
+
+    # ---- the step
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step and returns the requests that got a token, finished ones included."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        self._wait_for_weights()
+        try:
+            result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
+        except BaseException:  # Ctrl-C too: nothing is lost but time
+            self.runner.restore_pages()
+            self.scheduler.preempt_all()
+            raise
+        now = time.monotonic()
+        places = {id(request): index for index, request in enumerate(plan.sampled)}
+        changed: dict[str, None] = {}  # in the order of the plan
+        for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
+            self._observe(request, result, places[id(request)], now)
+            changed[request.request_id] = None
+        return [self._views.output(request_id) for request_id in changed]
+
+    def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
+        if request.beam is None:
+            stop = self._views.observe(request, result, index)
+            if stop is not None and request.finish_reason is None:
+                self.scheduler.finish(request, "stop", stop)
+            elif stop is not None:
+                request.finish_reason, request.stop_reason = "stop", stop
+        if request.finish_reason is not None:
+            request.metrics.finished_time = now
+
+    def close(self) -> None:
+        """Stops the engine's threads."""
+        self._loading.shutdown(wait=False, cancel_futures=True)
+        self.runner.close()
+
+
+def _resolve_dtype(dtype: str, platform: str) -> str:
+    return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype

@@ -1,0 +1,141 @@
+"""What enters the engine: prompts and parameters, checked at once and made into the scheduler's requests."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pjax.errors import InvalidRequestError
+from pjax.outputs import RequestMetrics
+from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, SamplingParams
+from pjax.scheduler import Request
+from pjax.scheduler.beam import BeamSearch, num_candidates
+from pjax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Intake:
+    """Makes requests for one model and its limits.
+
+    Args:
+      vocab_size: ids are in [0, vocab_size).
+      eos_token_ids: tokens that end a sequence, unless a request ignores them.
+      seed: requests without a seed of their own take one from this and their number.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        max_num_seqs: int,
+        seed: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._seed = seed
+        self._numbers = itertools.count()
+
+    def requests(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, cache_salt: str | None = None
+    ) -> list[Request]:
+        """The sequences of one prompt, still without a seed; InvalidRequestError when anything is wrong with it."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams or BeamSearchParams")
+        ids = self._prompt_ids(prompt, request_id)
+        self._check_salt(cache_salt, request_id)
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        room = max(self._max_model_len - len(ids), 0)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, max(room, 1))
+        search = None
+        if isinstance(params, BeamSearchParams):
+            self._check_beams(params, len(eos), request_id)
+            search = BeamSearch(params, max_tokens, eos)
+            # Beams are chosen by the likeliest tokens' log-probabilities; nothing else of a step is read.
+            params = SamplingParams(n=1, temperature=0, max_tokens=max_tokens, logprobs=0, detokenize=False)
+        self._check_sampling(params, request_id)
+        common: dict[str, Any] = {
+            "request_id": request_id,
+            "prompt_token_ids": ids,
+            "params": params,
+            "max_tokens": max_tokens,
+            "stop_token_ids": frozenset(params.stop_token_ids or ()),
+            "eos_token_ids": eos,
+            "metrics": RequestMetrics(arrival_time=time.monotonic()),
+            "cache_salt": cache_salt,
+            "beam": search,
+        }
+        return [Request(**common, index=index, seed=0) for index in range(search.width if search else params.n)]
+
+    def give_seeds(self, requests: list[Request]) -> None:
+        """Seeds for the sequences of an accepted prompt; only such a one takes a number: a refused one must not change others' draws."""
+        first = requests[0]
+        if first.beam is not None:
+            return
+        seed = self._next_seed() if first.params.seed is None else first.params.seed
+        for request in requests:
+            request.seed = (seed + request.index) & MAX_SEED
+
+    def _check_salt(self, cache_salt: str | None, request_id: str) -> None:
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise InvalidRequestError(f"cache_salt is {cache_salt!r}, but must be a non-empty string (request {request_id!r})")
+
+    def _check_sampling(self, params: SamplingParams, request_id: str) -> None:
+        if params.stops and self._tokenizer is None:
+            raise InvalidRequestError(f"stop strings need a tokenizer, but skip_tokenizer_init is set (request {request_id!r})")
+        self._check_ids(params.stop_token_ids or (), "stop_token_ids", request_id)
+        if params.logprobs is not None and params.logprobs > self._vocab_size:
+            raise InvalidRequestError(f"logprobs is {params.logprobs}, but the vocabulary has {self._vocab_size} tokens")
+
+    def _check_beams(self, params: BeamSearchParams, num_eos: int, request_id: str) -> None:
+        each = num_candidates(1, num_eos)
+        limit = min(min(MAX_CANDIDATES, self._vocab_size) // each, self._max_num_seqs)
+        if params.beam_width > limit:
+            raise InvalidRequestError(
+                f"beam_width is {params.beam_width}, but must be <= {limit}: {each} candidates for each, "
+                f"at most {MAX_CANDIDATES} and the vocabulary, and max_num_seqs (request {request_id!r})"
+            )
+
+    def _next_seed(self) -> int:
+        """Of a request without one: from the engine's seed and how many came before, and no small number that a user might give."""
+        text = f"{self._seed} {next(self._numbers)}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+    def _prompt_ids(self, prompt: Prompt, request_id: str) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequestError(f"prompt is text, but skip_tokenizer_init is set: give token ids (request {request_id!r})")
+            ids = self._tokenizer.encode(prompt)
+            self._check_ids(ids, "prompt", request_id)
+            return ids
+        if hasattr(prompt, "__array__"):
+            prompt = np.asarray(prompt).tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise InvalidRequestError(f"prompt is {type(prompt).__name__}, but must be text or token ids (request {request_id!r})")
+        ids = []
+        for index, token in enumerate(prompt):
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise InvalidRequestError(f"prompt has {token!r} at {index}, but must have token ids (request {request_id!r})")
+            ids.append(int(token))
+        self._check_ids(ids, "prompt", request_id)
+        return ids
+
+    def _check_ids(self, ids: Sequence[int], name: str, request_id: str) -> None:
+        vocab = self._vocab_size
+        for index, token in enumerate(ids):
+            if not 0 <= token < vocab:
+                raise InvalidRequestError(
+                    f"{name} has token id {token} at {index}, but ids must be in [0, {vocab}) (request {request_id!r})"
+                )

@@ -1,0 +1,126 @@
+"""Requests as their callers see them: text and log-probabilities so far, and the outputs made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from pjax.outputs import CompletionOutput, Logprob, RequestOutput
+from pjax.params import SamplingParams
+from pjax.runner import StepResult
+from pjax.scheduler import Request
+from pjax.scheduler.beam import BeamSearch
+from pjax.text.detokenizer import Detokenizer
+from pjax.text.tokenizer import Tokenizer
+
+
+@dataclass(eq=False, slots=True)
+class SequenceView:
+    """One sequence: its text and log-probabilities so far."""
+
+    request: Request
+    detokenizer: Detokenizer | None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    text: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The sequences of one prompt."""
+
+    prompt: str | None
+    sequences: list[SequenceView]
+
+
+class Views:
+    """What callers see of all unfinished requests."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._groups: dict[str, _Group] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._groups
+
+    def add(self, prompt: str | None, requests: list[Request], params: SamplingParams) -> None:
+        """Follows the sequences of one prompt from now on."""
+        first = requests[0]
+        tokenizer = self._tokenizer if params.detokenize else None
+
+        def view(request: Request) -> SequenceView:
+            return SequenceView(request, Detokenizer(tokenizer, first.prompt_token_ids, params) if tokenizer else None)
+
+        self._groups[first.request_id] = _Group(prompt, [view(request) for request in requests])
+
+    def forget(self, request_id: str) -> None:
+        """Follows a request no longer."""
+        self._groups.pop(request_id, None)
+
+    def observe(self, request: Request, result: StepResult, index: int) -> str | None:
+        """Takes a sequence's newest token, sample `index` of the step; the stop string that its text ends with, if any."""
+        sequence = self._groups[request.request_id].sequences[request.index]
+        if request.params.logprobs is not None:
+            self._add_logprobs(sequence, result, index, request.params.logprobs)
+        if sequence.detokenizer is None:
+            return None
+        # As in vLLM: the text of the token that ended it is kept only if asked for.
+        hidden = request.finish_reason == "stop" and not request.params.include_stop_str_in_output
+        sequence.text += "" if hidden else sequence.detokenizer.append(request.output_token_ids[-1:])
+        if sequence.detokenizer.stop_reason is None and request.finish_reason is not None:
+            sequence.text += sequence.detokenizer.finish()
+        return sequence.detokenizer.stop_reason
+
+    def _add_logprobs(self, sequence: SequenceView, result: StepResult, index: int, count: int) -> None:
+        token = int(result.tokens[index])
+        entries = {token: (float(result.logprobs[index]), int(result.ranks[index]))}
+        for rank in range(count):
+            other = int(result.top_tokens[index, rank])
+            entries.setdefault(other, (float(result.top_logprobs[index, rank]), rank + 1))
+        decode = self._tokenizer.decode if sequence.detokenizer is not None and self._tokenizer else None
+        sequence.logprobs.append(
+            {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
+        )
+        sequence.cumulative_logprob += entries[token][0]
+
+    def output(self, request_id: str) -> RequestOutput:
+        """A request as it is; forgotten when all its sequences have ended."""
+        group = self._groups[request_id]
+        first = group.sequences[0].request
+        finished = all(sequence.request.finish_reason is not None for sequence in group.sequences)
+        if finished:
+            del self._groups[request_id]
+        return RequestOutput(
+            request_id=request_id,
+            prompt=group.prompt,
+            prompt_token_ids=list(first.prompt_token_ids),
+            outputs=[_completion(sequence) for sequence in group.sequences] if first.beam is None else self._found(first.beam),
+            finished=finished,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
+        )
+
+    def _found(self, search: BeamSearch) -> list[CompletionOutput]:
+        return [
+            CompletionOutput(
+                index=index,
+                text=self._tokenizer.decode(found.tokens) if self._tokenizer else "",
+                token_ids=found.tokens,
+                cumulative_logprob=found.cum_logprob,
+                finish_reason="stop" if found.ended else "length",
+            )
+            for index, found in enumerate(search.finished)
+        ]
+
+
+def _completion(sequence: SequenceView) -> CompletionOutput:
+    request = sequence.request
+    wants_logprobs = request.params.logprobs is not None
+    return CompletionOutput(
+        index=request.index,
+        text=sequence.text,
+        token_ids=list(request.output_token_ids),
+        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+        logprobs=list(sequence.logprobs) if wants_logprobs else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
