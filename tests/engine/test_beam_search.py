@@ -147,7 +147,7 @@ def test_a_crowd_in_few_pages_changes_nothing(folder: Path, reference: Any) -> N
 
 def test_the_prompt_is_computed_once_and_pages_are_shared(llm: LLM) -> None:
     engine = llm.engine
-    engine.add_request(list(range(40, 80)), BeamSearchParams(beam_width=8, max_tokens=10, ignore_eos=True))
+    request_id = engine.add_request(list(range(40, 80)), BeamSearchParams(beam_width=8, max_tokens=10, ignore_eos=True))
     most = tokens = 0
     while engine.has_unfinished_requests:
         plan = engine.scheduler.schedule()
@@ -156,7 +156,7 @@ def test_the_prompt_is_computed_once_and_pages_are_shared(llm: LLM) -> None:
         result = engine.runner.execute(plan, engine.scheduler.table.tokens, engine.scheduler.table.block_tables)
         engine.scheduler.commit(plan, result.tokens, 0.0, (result.top_tokens, result.top_logprobs))
         engine.scheduler.check()
-    engine._groups.clear()
+    engine.abort_request(request_id)
     assert tokens == 40 + 8 * 9
     assert most <= 2 + 8 * 2, "two full pages of the prompt are shared, the rest is each beam's own"
 
