@@ -1,0 +1,15 @@
+"""The OpenAI-compatible server. Importing this loads neither FastAPI nor JAX; `run` does."""
+
+from __future__ import annotations
+
+from pjax.server.config import ServerConfig as ServerConfig
+
+
+def run(config: ServerConfig) -> int:
+    """Serves until SIGTERM or Ctrl-C and drains; the exit status, 0 unless the engine died.
+
+    Raises ConfigError, CheckpointError or UnsupportedError when the model or a setting is wrong, before the port is taken.
+    """
+    from pjax.server.lifecycle import serve
+
+    return serve(config)
