@@ -6,11 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pjax.engine import AsyncLLM as AsyncLLM
     from pjax.engine import LLMEngine as LLMEngine
     from pjax.errors import CheckpointError as CheckpointError
     from pjax.errors import ConfigError as ConfigError
+    from pjax.errors import EngineDeadError as EngineDeadError
     from pjax.errors import InvalidRequestError as InvalidRequestError
     from pjax.errors import PjaxError as PjaxError
+    from pjax.errors import QueueFullError as QueueFullError
+    from pjax.errors import RequestFailedError as RequestFailedError
     from pjax.errors import UnsupportedError as UnsupportedError
     from pjax.llm import LLM as LLM
     from pjax.outputs import BeamSearchOutput as BeamSearchOutput
@@ -25,6 +29,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "pjax.llm",
     "LLMEngine": "pjax.engine",
+    "AsyncLLM": "pjax.engine",
     "SamplingParams": "pjax.params",
     "BeamSearchParams": "pjax.params",
     "BeamSearchOutput": "pjax.outputs",
@@ -34,21 +39,28 @@ _HOME = {
     "PjaxError": "pjax.errors",
     "ConfigError": "pjax.errors",
     "InvalidRequestError": "pjax.errors",
+    "QueueFullError": "pjax.errors",
+    "RequestFailedError": "pjax.errors",
+    "EngineDeadError": "pjax.errors",
     "CheckpointError": "pjax.errors",
     "UnsupportedError": "pjax.errors",
 }
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EngineDeadError",
     "InvalidRequestError",
     "LLMEngine",
     "Logprob",
     "PjaxError",
+    "QueueFullError",
+    "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
     "UnsupportedError",

@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pjax.config import EngineConfig
 from pjax.engine.intake import Intake, Prompt
+from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
 from pjax.errors import ConfigError
 from pjax.memory import choose_num_pages, describe_pool
-from pjax.models import open_model
+from pjax.models import ModelSource, open_model
 from pjax.models.given import match, source_of
 from pjax.outputs import RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
@@ -28,6 +32,14 @@ from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request that is not queued yet."""
+
+    text: str | None
+    requests: list[Request]
 
 
 class LLMEngine:
@@ -50,17 +62,9 @@ class LLMEngine:
         self.config = config = config or EngineConfig()
         use_compilation_cache(config.compilation_cache_dir)
         platform = jax.default_backend()
-        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        if isinstance(model, str | Path):
-            source = open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode)
-        else:
-            source = source_of(model)
-            for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, model.blocks.mode)):
-                if asked not in ("auto", own):
-                    raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
-            layer_mode = model.blocks.mode
-            if tokenizer is None and not skip_tokenizer_init:
-                raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
+        source, layer_mode = _open(model, config, platform)
+        if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
+            raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
         given = None if params is None else match(source.abstract, params)
         self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
@@ -89,6 +93,11 @@ class LLMEngine:
         )
         self._views = Views(self.tokenizer)
         self._names = itertools.count()
+        self._counters = Counters()
+        self.on_step: Callable[[StepStats], None] | None = None
+        """Called with each step's figures."""
+        self.scheduled_last: list[str] = []
+        """Ids of the requests in the newest step."""
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)
@@ -161,32 +170,65 @@ class LLMEngine:
         Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
         """
         request_id = self._free_id() if request_id is None else request_id
-        requests = self._intake.requests(request_id, prompt, params, cache_salt)
+        return self.submit(self.prepare(prompt, params, request_id, cache_salt=cache_salt))
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, request_id: str, *, cache_salt: str | None = None
+    ) -> Prepared:
+        """Does the part of `add_request` that needs the request alone, its tokens too. Any thread may call it at any time."""
+        text = prompt if isinstance(prompt, str) else None
+        return Prepared(text, self._intake.requests(request_id, prompt, params, cache_salt))
+
+    def submit(self, prepared: Prepared) -> str:
+        """Queues a prepared request and returns its id. InvalidRequestError when the id is in use or it can never fit."""
+        requests = prepared.requests
         self.scheduler.add(*requests)
         self._intake.give_seeds(requests)
-        self._views.add(prompt if isinstance(prompt, str) else None, requests, requests[0].params)
-        return request_id
+        self._views.add(prepared.text, requests, requests[0].params)
+        return requests[0].request_id
 
     def _free_id(self) -> str:
         return next(name for name in map(str, self._names) if name not in self._views)
 
-    def abort_request(self, request_id: str) -> bool:
-        """Ends a request and frees its pages; False when there is none of that id."""
-        self._views.forget(request_id)
-        return self.scheduler.abort(request_id)
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request, frees all it has, and returns what there is of it; None when there is none of that id."""
+        return self._views.output(request_id) if self.scheduler.abort(request_id) else None
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether any request is waiting or running."""
         return self.scheduler.has_work
 
+    @property
+    def num_waiting_without_row(self) -> int:
+        """Requests that wait, beyond those for which the next step has a row."""
+        return max(self.scheduler.num_waiting - self.scheduler.table.num_free_rows, 0)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's figures. Any thread may call it."""
+        owners = self.scheduler.pool.owners()
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_pages=len(owners),
+            num_used_pages=int(np.count_nonzero(owners)),
+            num_cached_pages=self.scheduler.pool.num_kept,
+            num_shared_pages=int(np.count_nonzero(owners > 1)),
+            num_preemptions=self.scheduler.num_preemptions,
+            num_compilations=self.runner.num_compilations,
+            page_owners=owners,
+            **asdict(self._counters),
+        )
+
     # ---- the step
 
     def step(self) -> list[RequestOutput]:
         """Computes one step and returns the requests that got a token, finished ones included."""
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         if plan is None:
             return []
+        self.scheduled_last = list(dict.fromkeys(request.request_id for request in plan.requests))
         self._wait_for_weights()
         try:
             result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
@@ -199,7 +241,12 @@ class LLMEngine:
         changed: dict[str, None] = {}  # in the order of the plan
         for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
             self._observe(request, result, places[id(request)], now)
+            self._count(request)
             changed[request.request_id] = None
+        self._counters.num_steps += 1
+        if self.on_step is not None:
+            prefill = int(plan.counts[plan.num_decode :].sum())
+            self.on_step(StepStats(now - started, prefill, plan.num_decode, len(plan.rows)))
         return [self._views.output(request_id) for request_id in changed]
 
     def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
@@ -212,6 +259,14 @@ class LLMEngine:
         if request.finish_reason is not None:
             request.metrics.finished_time = now
 
+    def _count(self, request: Request) -> None:
+        counters, search = self._counters, request.beam
+        counters.generation_tokens += 1 if search is None else sum(len(found.tokens) for found in search.finished)
+        if search is not None or (request.index == 0 and len(request.output_token_ids) == 1):
+            counters.prompt_tokens += len(request.prompt_token_ids)
+            counters.prefix_cache_queries += len(request.prompt_token_ids) if self.config.enable_prefix_caching else 0
+            counters.prefix_cache_hits += request.num_cached_tokens or 0
+
     def close(self) -> None:
         """Stops the engine's threads."""
         self._loading.shutdown(wait=False, cancel_futures=True)
@@ -220,3 +275,15 @@ class LLMEngine:
 
 def _resolve_dtype(dtype: str, platform: str) -> str:
     return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype
+
+
+def _open(model: Any, config: EngineConfig, platform: str) -> tuple[ModelSource, str]:
+    """The model and how its layers run."""
+    if isinstance(model, str | Path):
+        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
+        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode), layer_mode
+    source, own_mode = source_of(model), str(model.blocks.mode)
+    for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, own_mode)):
+        if asked not in ("auto", own):
+            raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
+    return source, own_mode

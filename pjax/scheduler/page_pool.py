@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable
 
+import numpy as np
+import numpy.typing as npt
+
 
 class PagePool:
     """Pages 0 .. num_pages - 1, each free or owned by one or more sequences (Kwon et al. 2023, section 4.2).
@@ -79,6 +82,15 @@ class PagePool:
     def num_owners(self, page_id: int) -> int:
         """0 for a free page."""
         return self._counts[page_id]
+
+    def owners(self) -> npt.NDArray[np.uint8]:
+        """[num_pages]: each page's owners, at most 255. Any thread may call it."""
+        return np.minimum(np.array(self._counts), 255).astype(np.uint8)
+
+    @property
+    def num_kept(self) -> int:
+        """Free pages with a key."""
+        return len(self._kept)
 
     # ---- pages that are found again
 

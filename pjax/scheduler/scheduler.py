@@ -64,6 +64,7 @@ class Scheduler:
         self._running: list[Request] = []  # in the order of arrival
         self._requests: dict[str, list[Request]] = {}  # unfinished; sequences of one prompt share an id
         self._num_added = 0
+        self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
@@ -243,6 +244,7 @@ class Scheduler:
         self._release(request)
         request.status, request.num_computed = RequestStatus.FOLLOWING, 0
         request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
         if request.candidates is None:
             self._enqueue(request)
 
