@@ -214,7 +214,7 @@ class LLMEngine:
             num_used_pages=int(np.count_nonzero(owners)),
             num_cached_pages=self.scheduler.pool.num_kept,
             num_shared_pages=int(np.count_nonzero(owners > 1)),
-            num_preemptions=self.scheduler.num_preemptions,
+            num_preemptions=self.scheduler.sequences.num_preemptions,
             num_compilations=self.runner.num_compilations,
             page_owners=owners,
             **asdict(self._counters),

@@ -31,7 +31,7 @@ class StepPlan:
     @classmethod
     def make(cls, given: dict[Request, int], copies: list[tuple[int, int]]) -> StepPlan:
         """The plan that computes so many of each request's next tokens."""
-        requests = sorted(given, key=lambda request: request.order)
+        requests = sorted(given, key=lambda request: request.rank)
         requests.sort(key=lambda request: given[request] > 1)
         counts = np.array([given[request] for request in requests], np.int32)
         sampled: list[Request] = []

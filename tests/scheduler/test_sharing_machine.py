@@ -193,7 +193,7 @@ class SharingMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     def preempt(self, index: int) -> None:
         running = self.sequences(RequestStatus.RUNNING)
-        self.scheduler._preempt(running[index % len(running)])
+        self.scheduler.sequences.preempt(running[index % len(running)])
         self.count("preempt")
 
     @precondition(lambda self: self.groups)
