@@ -99,7 +99,7 @@ def import_graph() -> dict[str, set[str]]:
             if name.split(".")[0] != "pjax":
                 graph[module].add(name.split(".")[0])
                 continue
-            while name not in files:  # a name inside a module; "pjax" itself always is a module
+            while name not in files and name != "pjax.__version__":  # a name inside a module; "pjax" itself always is a module
                 name = name.rpartition(".")[0]
             graph[module].add(name)
     return graph

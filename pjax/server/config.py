@@ -40,7 +40,8 @@ class ServerConfig:
     root_path: str = ""
     """The path under which a proxy shows the server."""
     api_keys: Sequence[str] = field(default=(), repr=False)
-    """Any of them opens /v1, /tokenize, /detokenize and the page's state; without one everything is open."""
+    """Any of them opens everything; without one, or by none, /health, /ready, /version, /metrics and the page's files are open,
+    and all else only if there are no keys."""
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = field(default=None, repr=False)
     allowed_origins: Sequence[str] = ()

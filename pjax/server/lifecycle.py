@@ -1,11 +1,132 @@
-"""The server from start to end."""
+"""The server from start to end: port, engine, requests, drain."""
 
 from __future__ import annotations
 
-from pjax.errors import UnsupportedError
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from pjax.engine import AsyncLLM
+from pjax.errors import ConfigError
+from pjax.server.app import create_app
+from pjax.server.bridge import Bridge
 from pjax.server.config import ServerConfig
+from pjax.server.logs import set_up
+
+log = logging.getLogger("pjax.server")
+
+WATCH = 0.25  # seconds between two looks at the engine
+LATE = 5.0  # seconds that requests get to say that they were cut off
 
 
 def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`."""
-    raise UnsupportedError(f"pjax can't serve {config.model!r} yet")
+    set_up(config.log_level, config.log_format)
+    with bind(config.host, config.port) as listener:
+        llm = AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **asdict(config.engine))
+        return serve_llm(llm, config, listener)
+
+
+def serve_llm(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
+    """Serves an engine that is there, at a socket that is bound, and closes the engine; the exit status."""
+    try:
+        if config.chat_template is not None and llm.engine.tokenizer is not None:
+            llm.engine.tokenizer.chat_template = _template(config.chat_template)
+        app = create_app(llm, config)
+        AppStatus.enable_automatic_graceful_drain = False  # or else every stream ends at once on SIGTERM
+        server = Server(_uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
+        scheme = "https" if config.ssl_certfile else "http"
+        log.info("serving %s at %s://%s:%d", config.model_names[0], scheme, config.host, listener.getsockname()[1])
+        server.run(sockets=[listener])
+    finally:
+        llm.close()
+    if llm.error is None:
+        return 0
+    print(f"pjax: the engine died: {type(llm.error).__name__}: {llm.error}", file=sys.stderr, flush=True)
+    return 1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The port, taken before the model is loaded: one that is in use is told at once. ConfigError when it can't be taken."""
+    try:
+        [*_, (family, kind, _, _, address)] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
+        raise ConfigError(f"port {port} of {host!r} can't be taken: {reason}") from error
+    return listener
+
+
+def _template(value: str) -> str:
+    """A chat template's text, from its file if it names one."""
+    if "{" in value or "\n" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template is {value!r}, but that file can't be read: {error}") from error
+
+
+def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=2048,
+        ws="none",
+        timeout_keep_alive=max(int(config.keep_alive_seconds), 5),
+        timeout_graceful_shutdown=int(config.drain_seconds + LATE) + 1,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with a drain: requests that run may end, for so many seconds; and an end when the engine dies."""
+
+    def __init__(self, config: uvicorn.Config, bridge: Bridge, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._bridge = bridge
+        self._drain_seconds = drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM or Ctrl-C; a second Ctrl-C waits for nobody."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def main_loop(self) -> None:
+        """Until a signal comes or the engine dies."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            await super().main_loop()
+        finally:
+            watch.cancel()
+
+    async def _watch(self) -> None:
+        while self._bridge.llm.error is None:
+            await asyncio.sleep(WATCH)
+        log.error("the engine has died; the server ends")
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections, and lets requests end."""
+        if self._bridge.num_unfinished:
+            log.info("%d requests have %g seconds to end", self._bridge.num_unfinished, self._drain_seconds)
+        self._bridge.drain()
+        late = asyncio.get_running_loop().call_later(self._drain_seconds, self._bridge.end_all)
+        await super().shutdown(sockets)
+        late.cancel()

@@ -1,0 +1,117 @@
+"""The application: endpoints around one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from pjax import __version__
+from pjax.engine import AsyncLLM, LLMEngine
+from pjax.server import chat, completions, errors, tokenization
+from pjax.server.bridge import Bridge
+from pjax.server.config import ServerConfig
+from pjax.server.errors import ApiError
+from pjax.server.logs import log_throughput
+from pjax.server.metrics import ServerMetrics
+from pjax.server.prompts import Prompts
+from pjax.server.security import Gate
+from pjax.server.service import Service, json_response, now
+
+
+def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
+    """The server's application. `app.state.service` holds its parts; the caller shuts `llm` down.
+
+    Raises ConfigError when the engine has no tokenizer.
+    """
+    metrics = ServerMetrics(llm, config.model_names[0])
+    service = Service(
+        config=config,
+        bridge=Bridge(llm, metrics, config.request_timeout),
+        prompts=Prompts(llm, config),
+        metrics=metrics,
+        extras=frozenset(inspect.signature(LLMEngine.prepare).parameters),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(log_throughput(llm))
+        yield
+        task.cancel()
+
+    app = FastAPI(
+        title="pjax",
+        version=__version__,
+        docs_url=None,  # its page fetches scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        root_path=config.root_path,
+        max_body_size=config.max_body_bytes,
+    )
+    app.state.service = service
+    errors.install(app)
+    for part in (completions, chat, tokenization):
+        app.include_router(part.router(service))
+    _add_models(app, service)
+    _add_health(app, service)
+    app.add_middleware(Gate, config=config)
+    if config.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return app
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    created = now()
+
+    def shown(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "pjax",
+            "root": service.config.model,
+            "parent": None,
+            "max_model_len": service.prompts.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        """The model, under each of its names."""
+        return json_response({"object": "list", "data": [shown(name) for name in service.config.model_names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        """One of the names."""
+        return json_response(shown(service.prompts.model(name)))
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the engine is alive."""
+        if service.bridge.llm.error is not None:
+            raise ApiError(503, "the engine has died")
+        return Response()
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken: not when the engine has died, nor after SIGTERM."""
+        service.bridge.check_open()
+        return Response()
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of pjax."""
+        return json_response({"version": __version__})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """In the text format of Prometheus."""
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
