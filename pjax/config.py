@@ -34,6 +34,8 @@ class EngineConfig:
     """Pages of the pool, instead of its bytes."""
     enable_prefix_caching: bool = True
     """Full pages are kept when their request ends, until the pool needs them, and found again by prompts that begin alike."""
+    async_scheduling: bool = True
+    """Start a step before the tokens of the one before it are on the host, so that the device never waits for Python."""
     seed: int = 0
     """Requests without a seed of their own take one from this and their number."""
     layer_mode: str = "auto"
@@ -53,6 +55,7 @@ class EngineConfig:
         for name, kinds in (
             ("lazy", bool),
             ("enable_prefix_caching", bool),
+            ("async_scheduling", bool),
             ("page_size", int),
             ("memory_share", int | float),
             ("compilation_cache_dir", str | None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,8 +27,8 @@ from pjax.models import ModelSource, open_model
 from pjax.models.given import match, source_of
 from pjax.outputs import RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
-from pjax.runner import ModelRunner, RunnerConfig, StepResult, use_compilation_cache
-from pjax.scheduler import Request, Scheduler
+from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, use_compilation_cache
+from pjax.scheduler import Request, Scheduler, StepPlan
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
 
@@ -40,6 +41,15 @@ class Prepared:
 
     text: str | None
     requests: list[Request]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step on its way."""
+
+    plan: StepPlan
+    running: InFlight
+    started: float
 
 
 class LLMEngine:
@@ -94,6 +104,9 @@ class LLMEngine:
         self._views = Views(self.tokenizer)
         self._names = itertools.count()
         self._counters = Counters()
+        self._in_flight: deque[_Step] = deque()
+        self._ready: list[RequestOutput] = []  # of steps that ended between two calls
+        self._last_end = 0.0
         self.on_step: Callable[[StepStats], None] | None = None
         """Called with each step's figures."""
         self.scheduled_last: list[str] = []
@@ -129,6 +142,7 @@ class LLMEngine:
         """
         given = match(self._abstract, params)
         self._wait_for_weights()
+        self._drain()
         self.runner.set_params(given)
         if restart:
             self.scheduler.preempt_all()
@@ -196,8 +210,8 @@ class LLMEngine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether any request is waiting or running."""
-        return self.scheduler.has_work
+        """Whether any request is waiting or running, or has an output that `step` has not returned yet."""
+        return self.scheduler.has_work or bool(self._ready)
 
     @property
     def num_waiting_without_row(self) -> int:
@@ -223,20 +237,33 @@ class LLMEngine:
     # ---- the step
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step and returns the requests that got a token, finished ones included."""
-        started = time.monotonic()
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        self.scheduled_last = list(dict.fromkeys(request.request_id for request in plan.requests))
-        self._wait_for_weights()
+        """Waits for one step and returns the requests that got a token, finished ones included.
+
+        With `async_scheduling` the step after it is on its way before that: its rows take from the device the tokens that the
+        host does not know yet. A sequence that turns out to have ended computes one row for nothing.
+        """
         try:
-            result = self.runner.execute(plan, self.scheduler.table.tokens, self.scheduler.table.block_tables)
+            while len(self._in_flight) < 1 + self.config.async_scheduling and (plan := self.scheduler.schedule()) is not None:
+                self._wait_for_weights()
+                self.scheduled_last = list(dict.fromkeys(request.request_id for request in plan.requests))
+                started = time.monotonic()
+                table = self.scheduler.table
+                self._in_flight.append(_Step(plan, self.runner.dispatch(plan, table.tokens, table.block_tables), started))
+            result = self.runner.fetch(self._in_flight[0].running) if self._in_flight else None
         except BaseException:  # Ctrl-C too: nothing is lost but time
+            self._in_flight.clear()
             self.runner.restore_pages()
             self.scheduler.preempt_all()
             raise
-        now = time.monotonic()
+        outputs, self._ready = self._ready, []
+        if result is not None:
+            outputs += self._commit(self._in_flight.popleft(), result)
+        while self._in_flight and not self.scheduler.has_work:
+            self.scheduler.drop(self._in_flight.popleft().plan)
+        return outputs
+
+    def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
+        now, plan = time.monotonic(), step.plan
         places = {id(request): index for index, request in enumerate(plan.sampled)}
         changed: dict[str, None] = {}  # in the order of the plan
         for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
@@ -246,8 +273,14 @@ class LLMEngine:
         self._counters.num_steps += 1
         if self.on_step is not None:
             prefill = int(plan.counts[plan.num_decode :].sum())
-            self.on_step(StepStats(now - started, prefill, plan.num_decode, len(plan.rows)))
+            self.on_step(StepStats(now - max(step.started, self._last_end), prefill, plan.num_decode, len(plan.rows)))
+        self._last_end = now
         return [self._views.output(request_id) for request_id in changed]
+
+    def _drain(self) -> None:
+        """Ends what is in flight; the next step returns its outputs."""
+        while self._in_flight:
+            self._ready += self._commit(step := self._in_flight.popleft(), self.runner.fetch(step.running))
 
     def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
         if request.beam is None:

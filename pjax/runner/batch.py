@@ -17,6 +17,8 @@ from pjax.scheduler.plan import StepPlan
 
 Ints = npt.NDArray[np.int32]
 
+NO_ROW = 2**31 - 1  # beyond any table: what goes there is dropped
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -53,9 +55,11 @@ def find_bucket(buckets: list[Bucket], num_tokens: int, num_rows: int, decode_on
 class StepInput:
     """All that a step takes beside parameters and pages."""
 
-    token_ids: jax.Array  # int32 [T]
+    token_ids: jax.Array  # int32 [T]; -1: the host does not know it yet, the token table does
+    rows: jax.Array  # int32 [S]: row of the token table of each row of the batch
     batch: RaggedBatch
     sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; two samples may share one
+    sample_rows: jax.Array  # int32 [S]: row of the token table that each sampled token goes to; NO_ROW for padding
     sample_positions: jax.Array  # int32 [S]: position of the token to be sampled
     num_samples: jax.Array  # int32 []
     copies: jax.Array  # int32 [S, 2]: pages to copy before anything is written, from and to
@@ -115,7 +119,8 @@ def input_struct(bucket: Bucket, table_width: int) -> StepInput:
     batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, table_width), ints(), decode_only=bucket.decode_only)
     seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
     sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows), floats(rows))
-    return StepInput(ints(bucket.num_tokens), batch, ints(rows), ints(rows), ints(), ints(rows, 2), ints(), sampling)
+    each = ints(rows)
+    return StepInput(ints(bucket.num_tokens), each, batch, each, each, each, ints(), ints(rows, 2), ints(), sampling)
 
 
 def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> StepInput:
@@ -124,7 +129,7 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     Decode rows are sorted by length, longest first: rows that the CPU's attention serves together then end together.
 
     Args:
-      tokens: int32 [rows, max_model_len], every row's tokens.
+      tokens: int32 [rows, max_model_len], every row's tokens; -1 where a step in flight samples it.
       block_tables: int32 [rows, W].
     """
     order = np.arange(len(plan.rows))
@@ -139,6 +144,8 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     kv_lens[:num_rows] = starts + counts
     tables = np.zeros((bucket.num_rows, block_tables.shape[1]), np.int32)
     tables[:num_rows] = block_tables[rows]
+    table_rows = np.zeros(bucket.num_rows, np.int32)
+    table_rows[:num_rows] = rows
 
     token_ids = np.zeros(bucket.num_tokens, np.int32)
     of_row = np.repeat(np.arange(num_rows), counts)
@@ -151,6 +158,8 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     sources = place[plan.sample_sources]
     sample_tokens = np.zeros(bucket.num_rows, np.int32)
     sample_tokens[:num_samples] = row_starts[sources + 1] - 1
+    sample_rows = np.full(bucket.num_rows, NO_ROW, np.int32)
+    sample_rows[:num_samples] = plan.sample_rows
     sample_positions = np.zeros(bucket.num_rows, np.int32)
     sample_positions[:num_samples] = kv_lens[sources]
     copies = np.zeros((bucket.num_rows, 2), np.int32)
@@ -158,8 +167,10 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     batch = RaggedBatch(row_starts, kv_lens, tables, np.int32(plan.num_decode), decode_only=bucket.decode_only)  # type: ignore[arg-type]
     return StepInput(
         token_ids,  # type: ignore[arg-type]
+        table_rows,  # type: ignore[arg-type]
         batch,
         sample_tokens,  # type: ignore[arg-type]
+        sample_rows,  # type: ignore[arg-type]
         sample_positions,  # type: ignore[arg-type]
         np.int32(num_samples),  # type: ignore[arg-type]
         copies,  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from pjax.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
 
+Floats = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
@@ -46,10 +48,19 @@ class StepResult:
     """On the host, by `plan.sampled`: its token and, if any of them asked, its log-probabilities."""
 
     tokens: Ints
-    logprobs: npt.NDArray[np.float32]
-    ranks: Ints
-    top_tokens: Ints
-    top_logprobs: npt.NDArray[np.float32]
+    logprobs: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    ranks: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    top_tokens: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    top_logprobs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step that was dispatched."""
+
+    sampled: Sampled
+    num_samples: int
+    wants_logprobs: bool
 
 
 class ModelRunner:
@@ -68,8 +79,9 @@ class ModelRunner:
         shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
         self._pool_format = pool_format(SingleDeviceSharding(jax.local_devices()[0]))
         self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
+        self._tokens_struct = jax.ShapeDtypeStruct((config.max_num_seqs, config.max_model_len), jnp.int32)
         try:
-            self._pages = self._new_pool()
+            self._pages, self._tokens = self._new_pool(), self._new_tokens()
         except (RuntimeError, MemoryError) as error:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
@@ -90,11 +102,12 @@ class ModelRunner:
         assert self._params is not None, "weights are given before anything runs"
         return self._params
 
-    def execute(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> StepResult:
-        """Runs one step and waits for its tokens.
+    def dispatch(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> InFlight:
+        """Starts a step and does not wait for it. Steps run one after the other, in the order of their dispatch.
 
         Args:
-          tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables.
+          tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables. They may change as soon as
+            this returns.
         """
         for request in plan.sampled:
             temperature = 1.0 if request.beam is None else request.beam.temperature
@@ -103,28 +116,38 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows))
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket)
         step = self._compiled_step(bucket)
-        self._pages, sampled = step(self._params, self._pages, inputs)
-        return self._to_host(sampled, len(plan.sampled))
+        self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
+        wants_logprobs = any(request.params.logprobs is not None for request in plan.sampled)
+        for array in jax.tree.leaves(sampled) if wants_logprobs else [sampled.tokens]:
+            array.copy_to_host_async()
+        return InFlight(sampled, len(plan.sampled), wants_logprobs)
+
+    def fetch(self, step: InFlight) -> StepResult:
+        """Waits for a step's tokens. An exception of the device comes here."""
+        tokens = np.asarray(step.sampled.tokens)[: step.num_samples]
+        if not step.wants_logprobs:
+            return StepResult(tokens)
+        host = jax.tree.map(lambda array: np.asarray(array)[: step.num_samples], step.sampled)
+        return StepResult(tokens, host.logprobs, host.ranks, host.top_tokens, host.top_logprobs)
 
     def restore_pages(self) -> bool:
-        """Makes a new pool if an exception came between giving the old one away and getting it back; True if it did.
+        """Waits for what is in flight, and makes a new pool if a failed step has taken the old one with it; True if it did.
 
         Then nothing that was written is left.
         """
-        if not self._pages.is_deleted():
-            return False
-        self._pages = self._new_pool()
-        return True
+        try:
+            jax.block_until_ready((self._pages, self._tokens))
+        except RuntimeError:
+            self._pages, self._tokens = self._new_pool(), self._new_tokens()
+            return True
+        return False
 
     def _new_pool(self) -> jax.Array:
         struct = self._pool_struct
         return jax.jit(lambda: jnp.zeros(struct.shape, struct.dtype), out_shardings=self._pool_format)()
 
-    def _to_host(self, sampled: Sampled, count: int) -> StepResult:
-        host = jax.device_get(sampled)
-        return StepResult(
-            host.tokens[:count], host.logprobs[:count], host.ranks[:count], host.top_tokens[:count], host.top_logprobs[:count]
-        )
+    def _new_tokens(self) -> jax.Array:
+        return jnp.zeros(self._tokens_struct.shape, jnp.int32)
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
@@ -153,7 +176,10 @@ class ModelRunner:
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
         compiled = self._step.lower(
-            self._abstract_params, self._pool_struct, input_struct(bucket, -(-self.config.max_model_len // self.config.page_size))
+            self._abstract_params,
+            self._pool_struct,
+            self._tokens_struct,
+            input_struct(bucket, -(-self.config.max_model_len // self.config.page_size)),
         ).compile()
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return compiled

@@ -18,25 +18,34 @@ LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds th
 
 
 def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None) -> Any:
-    """The function `(params, pages, inputs) -> (pages, Sampled)` to be jitted with `pages` donated.
+    """The function `(params, pages, tokens, inputs) -> (pages, tokens, Sampled)` to be jitted with `pages` and `tokens` donated.
 
-    `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step.
+    `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step. `tokens`
+    int32 [rows, max_model_len] keeps what is sampled, by row of the sequence table and position: the next step finds there
+    what has not reached the host yet.
     """
 
-    def step(params: Sequence[jax.Array], pages: jax.Array, inputs: StepInput) -> tuple[jax.Array, Sampled]:
+    def step(params: Sequence[jax.Array], pages: jax.Array, tokens: jax.Array, inputs: StepInput) -> tuple[jax.Array, jax.Array, Sampled]:
         model = nnx.merge(graph, jax.tree.unflatten(structure, params))
         pages = copy_pages(pages, inputs.copies, inputs.num_copies, model.config.num_layers)
         context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
-        hidden, pages = model(inputs.token_ids, pages, context)
+        hidden, pages = model(known_tokens(inputs, context.positions, tokens), pages, context)
         sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs)
-        return pages, sampled
+        tokens = tokens.at[inputs.sample_rows, inputs.sample_positions].set(sampled.tokens, mode="drop")
+        return pages, tokens, sampled
 
     return step
 
 
 def jit_step(step: Any, pool_format: Any) -> Any:
     """The step, jitted: the pool is given away and comes back in its own place and order."""
-    return jax.jit(step, donate_argnums=1, out_shardings=(pool_format, None))
+    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(pool_format, None, None))
+
+
+def known_tokens(inputs: StepInput, positions: jax.Array, tokens: jax.Array) -> jax.Array:
+    """int32 [T]: the packed tokens, those that the host does not know from the table `tokens` [rows, max_model_len]."""
+    rows = jnp.minimum(inputs.batch.token_rows(inputs.token_ids.shape[0]), inputs.rows.shape[0] - 1)
+    return jnp.where(inputs.token_ids < 0, tokens[inputs.rows[rows], positions], inputs.token_ids)
 
 
 def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_layers: int) -> jax.Array:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pjax.scheduler.beam import BeamSearch
+from pjax.scheduler.beam import BeamSearch, Candidates
 from pjax.scheduler.kv_manager import KVManager
 from pjax.scheduler.queues import RunningQueue, WaitingQueue
 from pjax.scheduler.request import Request, RequestStatus
-from pjax.scheduler.table import SequenceTable
+from pjax.scheduler.table import UNKNOWN, SequenceTable
 
 
 class Lifecycle:
@@ -76,6 +76,19 @@ class Lifecycle:
             self.table.tokens[request.row, request.num_tokens] = token
         request.output_token_ids.append(token)
 
+    def expect(self, request: Request) -> None:
+        """A step under way samples the sequence's next token."""
+        if request.beam is None:
+            self.table.tokens[request.row, request.num_tokens] = UNKNOWN
+        request.num_in_flight += 1
+
+    def take_candidates(self, request: Request, candidates: Candidates) -> None:
+        """A beam has caught up. If it was preempted since it needs no pages until it is continued."""
+        request.candidates = candidates
+        if request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+            request.status = RequestStatus.FOLLOWING
+
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """Ends an unfinished sequence and frees all it has."""
         if request.status is RequestStatus.RUNNING:
@@ -102,6 +115,7 @@ class Lifecycle:
         return bool(sequences)
 
     def _release(self, request: Request) -> None:
+        self.kv.remember(request, min(request.num_computed, request.num_tokens))
         self.kv.release(request)
         for sequence in (request, *request.followers):
             self._free_row(sequence)
@@ -181,7 +195,7 @@ class Lifecycle:
             assert all(request.status is status for request in queue)
         assert not waiting or self.waiting.first is waiting[0]
         for request in running:
-            behind = request.num_computed < request.num_tokens
+            behind = request.num_computed < request.num_planned or request.num_in_flight > 0
             assert behind == (request.candidates is None), f"request {request.request_id!r} has nothing to compute"
         followers = [follower for request in (*waiting, *running) for follower in request.followers]
         assert all(follower.status is RequestStatus.FOLLOWING for follower in followers)

@@ -37,7 +37,7 @@ class StepPlan:
         sampled: list[Request] = []
         sources: list[int] = []
         for index, request in enumerate(requests):
-            if request.num_computed + given[request] == request.num_tokens:
+            if request.num_computed + given[request] == request.num_planned:
                 sampled.append(request)
                 sources.append(index)
                 if request.followers and request.beam is None:

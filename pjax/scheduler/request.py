@@ -40,7 +40,9 @@ class Request:
     """Its pages are shared only with requests of the same salt."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
-    """Tokens whose keys and values are in the pages: `[0, num_computed)` of `[0, num_tokens)`."""
+    """Tokens whose keys and values are in the pages once the steps under way have ended: `[0, num_computed)`."""
+    num_in_flight: int = 0
+    """Steps under way that sample its next token; the host does not know that one yet."""
     row: int = -1
     """Row of the sequence table; -1 when not running."""
     order: int = -1
@@ -67,6 +69,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_planned(self) -> int:
+        """Tokens once the steps under way have ended; which ones a beam goes on with is chosen on the host."""
+        return self.num_tokens + (self.num_in_flight if self.beam is None else 0)
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Tokens `[start, end)` of prompt and output together."""

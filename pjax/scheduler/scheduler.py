@@ -60,6 +60,7 @@ class Scheduler:
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
         self.kv = KVManager(self.pool, self.table, page_size, enable_prefix_caching=enable_prefix_caching)
         self.sequences = Lifecycle(self.table, self.kv)
+        self._num_in_flight = 0  # steps planned and not committed
 
     @property
     def num_waiting(self) -> int:
@@ -125,10 +126,13 @@ class Scheduler:
     # ---- a step
 
     def schedule(self, now: float | None = None) -> StepPlan | None:
-        """The next step, or None when there is nothing to do. Pages for all its tokens are allocated."""
+        """The next step, or None when there is nothing to do before the steps under way have ended.
+
+        Pages for all its tokens are allocated. Steps are run and committed in the order in which they are planned.
+        """
         budget, running = self.max_num_batched_tokens, self.sequences.running
         given: dict[Request, int] = {}
-        behind = [(request, request.num_tokens - request.num_computed) for request in running]
+        behind = [(request, self._num_behind(request)) for request in running]
         decode = [item for item in behind if item[1] == 1]
         prefill = [item for item in behind if item[1] > 1]
         preempted = False
@@ -149,19 +153,42 @@ class Scheduler:
                 given[request] = count
                 budget -= count
         for request, count in given.items():
-            self.kv.remember(request, request.num_computed + count)
+            self.kv.remember(request, min(request.num_computed + count, request.num_tokens))
         now = time.monotonic() if now is None else now
         if not preempted:
             self._admit(given, budget, now)
-        while not given and self.sequences.waiting:  # all that run are beams that wait for one of those that don't
-            self.sequences.preempt(running.last)
+        while not given and self.sequences.waiting and not self._num_in_flight:
+            self.sequences.preempt(running.last)  # all that run are beams that wait for one of those that don't
             self._admit(given, budget, now)
-        return StepPlan.make(given, self.kv.take_copies()) if given else None
+        return self._launch(given) if given else None
+
+    def _num_behind(self, request: Request) -> int:
+        """Tokens to compute next: none of a beam that waits to be continued, or where the token under way is the last one."""
+        if request.num_in_flight:
+            num_output = len(request.output_token_ids) + request.num_in_flight
+            if num_output >= request.max_tokens or request.num_planned >= self.max_model_len:
+                return 0
+        return request.num_planned - request.num_computed
+
+    def _launch(self, given: dict[Request, int]) -> StepPlan:
+        """The plan; from here on its tokens count as computed, and those that it samples as under way."""
+        plan = StepPlan.make(given, self.kv.take_copies())
+        self._num_in_flight += 1
+        for request, count in given.items():
+            request.num_computed += count
+        for request in plan.sampled:
+            if request.beam is None:
+                self.sequences.fork_followers(request)
+        for request in plan.sampled:
+            self.sequences.expect(request)
+        return plan
 
     def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:
         waiting = self.sequences.waiting
         while waiting and budget > 0 and self.table.num_free_rows > len(waiting.first.followers):
             request = waiting.first
+            if request.num_in_flight:
+                break  # preempted in the meantime; its next token is not known yet
             # Room for all its tokens and one more, not only for the first chunk: else it would soon be preempted. Where budget
             # is left every running row has its pages already.
             most = min(request.num_tokens + 1, self.max_model_len)
@@ -176,13 +203,20 @@ class Scheduler:
             budget -= count
 
     def preempt_all(self) -> None:
-        """Every running request waits and will be computed again: the step failed, and the device may have lost its pages."""
+        """Every running request waits and will be computed again: a step failed, and the device may have lost its pages.
+
+        What was under way is lost: it must not be committed.
+        """
+        self._num_in_flight = 0
+        for sequences in self.sequences.unfinished.values():
+            for sequence in sequences:
+                sequence.num_in_flight = 0
         for request in reversed(list(self.sequences.running)):
             self.sequences.preempt(request)
         self.pool.forget()
 
     def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float, top: Candidates | None = None) -> list[Request]:
-        """Takes a step's result: advances every row, appends the sampled tokens, ends what is done.
+        """Takes the result of the oldest step under way: appends the sampled tokens, ends what is done.
 
         Args:
           sampled: a token for each of `plan.sampled`.
@@ -192,27 +226,30 @@ class Scheduler:
         Returns the sequences that got a token, and of a beam search that is done the last to catch up. Those aborted since
         the plan was made are skipped.
         """
-        for request, count in zip(plan.requests, plan.counts.tolist(), strict=True):
-            if request.status is RequestStatus.RUNNING:
-                request.num_computed += count
+        self._num_in_flight -= 1
         changed = []
         for index, (request, token) in enumerate(zip(plan.sampled, np.asarray(sampled).tolist(), strict=True)):
+            request.num_in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if request.beam is not None:
                 assert top is not None
-                request.candidates = top[0][index], top[1][index]
+                self.sequences.take_candidates(request, (top[0][index], top[1][index]))
                 self.sequences.advance(request.beam, self.sequences.unfinished[request.request_id])
                 if request.beam.done:
                     changed.append(request)
                 continue
-            self.sequences.fork_followers(request)
             self.sequences.append(request, token)
             changed.append(request)
             self._stop(request, token)
         return changed
+
+    def drop(self, plan: StepPlan) -> None:
+        """Instead of `commit`, for a step all of whose sequences have ended: nobody waits for its tokens."""
+        assert all(request.status is RequestStatus.FINISHED for request in plan.sampled)
+        self._num_in_flight -= 1
 
     def _stop(self, request: Request, token: int) -> None:
         if token in request.eos_token_ids:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+UNKNOWN = -1  # a token that a step under way samples
+
 
 class SequenceTable:
     """`tokens` int32 [rows, max_model_len] and `block_tables` int32 [rows, W], W = ceil(max_model_len / page_size).

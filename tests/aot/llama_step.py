@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pjax.models import llama
@@ -30,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, a bucket's inputs."""
+    """The jitted step in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, the token table, a bucket's inputs."""
     config = llama.Config.from_hf(MODELS[model] | {"model_type": "llama", "max_position_embeddings": 8192})
     graph, abstract = nnx.split(nnx.eval_shape(lambda: llama.Model(config, dtype="bfloat16", layer_mode=mode)))
     leaves, structure = jax.tree.flatten(abstract)
@@ -42,5 +43,6 @@ def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> 
     shape = pool_shape(config.num_layers, num_pages, PAGE_SIZE, config.num_kv_heads, config.head_size)
     order: Any = pool_format(sharding)
     pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
+    tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, 8192), jnp.int32))
     inputs = jax.tree.map(placed, input_struct(bucket, 8192 // PAGE_SIZE))
-    return jit_step(make_step(graph, structure, 32, backend), order), (list(map(placed, leaves)), pool, inputs)
+    return jit_step(make_step(graph, structure, 32, backend), order), (list(map(placed, leaves)), pool, tokens, inputs)

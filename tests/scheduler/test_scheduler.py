@@ -232,11 +232,12 @@ class FakeDevice:
         page, offset = np.divmod(np.arange(start, end), self.pages.shape[1])
         return block_table[page], offset
 
-    def forget(self, running: list[Request], block_tables: np.ndarray) -> None:
-        """Spoils all but the computed tokens of running requests: what is preempted must be computed again."""
+    def forget(self, running: list[Request], plan: StepPlan, block_tables: np.ndarray) -> None:
+        """Spoils all but what running requests had computed before the plan: what is preempted must be computed again."""
+        starts = dict(zip(plan.requests, plan.starts.tolist(), strict=True))
         keep = np.zeros(self.pages.shape[:2], bool)
         for request in running:
-            keep[self.slots(block_tables[request.row], 0, request.num_computed)] = True
+            keep[self.slots(block_tables[request.row], 0, starts.get(request, request.num_computed))] = True
         self.pages[~keep] = -1
 
     def run(self, plan: StepPlan, tokens: np.ndarray, block_tables: np.ndarray) -> list[int]:
@@ -304,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.check_plan(plan, preempted=preemptions < sum(request.metrics.num_preemptions for request in self.unfinished))
         tables = self.scheduler.table
-        self.device.forget(self.running(), tables.block_tables)
+        self.device.forget(self.running(), plan, tables.block_tables)
         sampled = self.device.run(plan, tables.tokens, tables.block_tables)
         if abort is not None:
             self.abort(abort)
@@ -322,8 +323,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_plan(self, plan: StepPlan, *, preempted: bool) -> None:
         assert len(rows_of(plan)) <= self.rows and plan.num_tokens <= self.budget
         assert self.unfinished[0] in plan.requests, "the oldest advances in every step: nobody starves"
-        assert plan.starts.tolist() == [request.num_computed for request in plan.requests]
-        behind = [request.num_tokens - request.num_computed for request in plan.requests]
+        assert (plan.starts + plan.counts).tolist() == [request.num_computed for request in plan.requests]
+        behind = [request.num_tokens - start for request, start in zip(plan.requests, plan.starts.tolist(), strict=True)]
         assert (plan.counts >= 1).all() and (plan.counts <= behind).all()
         assert plan.sampled == [request for request, count, most in zip(plan.requests, plan.counts, behind) if count == most]
         order = [(count > 1, int(request.request_id)) for request, count in zip(plan.requests, plan.counts, strict=True)]

@@ -6,7 +6,7 @@ page that is lost, shared too long, not copied, or found under a wrong key shows
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from pjax.outputs import RequestMetrics
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
 from pjax.scheduler.beam import BeamSearch, Candidates
+from pjax.scheduler.table import UNKNOWN
 
 VOCAB, EOS, POISON = 16, 0, -1
 
@@ -64,11 +65,12 @@ def search_alone(request: Request) -> list[tuple[float, list[int]]]:
 
 
 class FakeDevice:
-    """Pages as the real step has them. A step copies, then all rows write, then all rows read."""
+    """Pages and sampled tokens as the real step has them. A step copies, then all rows write, then all rows read."""
 
     def __init__(self, scheduler: Scheduler, num_pages: int, page_size: int) -> None:
         self.scheduler = scheduler
         self.pages = np.full((num_pages, page_size), POISON)
+        self.tokens = np.full(scheduler.table.tokens.shape, POISON)
 
     def forget(self) -> None:
         """Spoils the pages that nobody owns or may find."""
@@ -84,25 +86,37 @@ class FakeDevice:
             assert pool.num_owners(target) == 1
             self.pages[target] = self.pages[source]
         written: Counter[tuple[int, int]] = Counter()
+        forks: Counter[int] = Counter(plan.sample_sources.tolist())  # of a row, the newly forked sequences included
+        owners: dict[int, int] = {}
         ends = (plan.starts + plan.counts).tolist()
-        for request, row, start, end in zip(plan.requests, plan.rows, plan.starts.tolist(), ends, strict=True):
-            held = chain(request.cache_salt, self.scheduler.table.tokens[row, :end].tolist())
+        for place, (request, row, start, end) in enumerate(zip(plan.requests, plan.rows, plan.starts.tolist(), ends, strict=True)):
+            held = chain(request.cache_salt, self.known(row, end))
             for position in range(start, end):
                 index, offset = divmod(position, self.pages.shape[1])
                 self.pages[tables[row, index], offset] = held[position]
                 written[int(tables[row, index]), offset] += 1
+                owners[int(tables[row, index])] = max(1, forks[place])
         assert not written or max(written.values()) == 1, "two rows write one slot"
         for (page_id, _), _ in written.items():
             key = pool._keys[page_id]
-            assert pool.num_owners(page_id) == 1 or key is not None, "a page is written that others own"
+            assert pool.num_owners(page_id) <= owners[page_id] or key is not None, "a page is written that others own"
         for request, row, end in zip(plan.requests, plan.rows, ends, strict=True):
-            own = (request.prompt_token_ids + request.output_token_ids)[:end]
+            own, known = request.prompt_token_ids + request.output_token_ids, self.known(row, end)
+            assert known[: len(own)] == own[:end] and len(known) <= len(own) + 1, "at most one token is not on the host yet"
             page, offset = np.divmod(np.arange(end), self.pages.shape[1])
-            assert self.pages[tables[row][page], offset].tolist() == chain(request.cache_salt, own)
+            assert self.pages[tables[row][page], offset].tolist() == chain(request.cache_salt, known)
         last = [ends[source] - 1 for source in plan.sample_sources]
         rows = [int(plan.rows[source]) for source in plan.sample_sources]
         size = self.pages.shape[1]
-        return [int(self.pages[tables[row, i // size], i % size]) for row, i in zip(rows, last, strict=True)]
+        held = [int(self.pages[tables[row, i // size], i % size]) for row, i in zip(rows, last, strict=True)]
+        for request, value, position in zip(plan.sampled, held, last, strict=True):
+            self.tokens[request.row, position + 1] = next_token(value, request.index)
+        return held
+
+    def known(self, row: int, end: int) -> list[int]:
+        """The first tokens of a row, from the device where the host does not know them."""
+        host = self.scheduler.table.tokens[row, :end]
+        return np.where(host == UNKNOWN, self.tokens[row, :end], host).tolist()
 
 
 class SharingMachine(RuleBasedStateMachine):
@@ -114,8 +128,9 @@ class SharingMachine(RuleBasedStateMachine):
     @initialize(
         sizes=st.tuples(st.integers(2, 14), st.integers(1, 4), st.integers(4, 32), st.integers(1, 5), st.integers(0, 9)),
         caching=st.booleans() | st.just(True),
+        ahead=st.sampled_from([0, 1, 1]),
     )
-    def start(self, sizes: tuple[int, ...], caching: bool) -> None:
+    def start(self, sizes: tuple[int, ...], caching: bool, ahead: int) -> None:
         self.num_pages, self.page_size, self.length, self.rows, more = sizes
         self.scheduler = Scheduler(
             num_pages=self.num_pages,
@@ -126,6 +141,8 @@ class SharingMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
         )
         self.device = FakeDevice(self.scheduler, self.num_pages, self.page_size)
+        self.ahead = ahead
+        self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
         self.groups: list[list[Request]] = []
         self.searches: list[Request] = []
         self.num_requests = 0
@@ -214,6 +231,7 @@ class SharingMachine(RuleBasedStateMachine):
             return
         self.scheduler.schedule()
         self.scheduler.preempt_all()
+        self.in_flight.clear()
         self.device.pages[:] = POISON
         self.count("failure")
 
@@ -224,20 +242,17 @@ class SharingMachine(RuleBasedStateMachine):
             self.step(abort if number == 0 else None)
 
     def step(self, abort: int | None = None) -> None:
-        """One step; `abort` ends a request while it is computed."""
-        self.device.forget()
-        plan = self.scheduler.schedule()
-        self.consistent()
+        """Plans and runs until enough is under way, then commits the oldest step; `abort` ends a request in between."""
+        while len(self.in_flight) <= self.ahead and self.plan():
+            pass
         self.count("step")
-        if plan is None:
+        if not self.in_flight:
             assert not self.groups, "somebody waits, but nothing is computed"
             return
-        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert max(len(plan.requests), len(plan.sampled)) <= self.rows and len(plan.copies) <= len(plan.requests)
-        SharingMachine.seen["copy"] += len(plan.copies)
-        held = self.device.run(plan)
         if abort is not None and self.groups:
             self.abort(abort)
+        plan, held = self.in_flight.popleft()
+        SharingMachine.seen["ahead"] += len(self.in_flight)
         tokens = [next_token(value, request.index) for value, request in zip(held, plan.sampled, strict=True)]
         top = [candidates_after(value) for value in held]
         stacked = (np.array([t for t, _ in top], np.int32), np.array([p for _, p in top], np.float32))
@@ -253,6 +268,18 @@ class SharingMachine(RuleBasedStateMachine):
         self.tidy()
         self.consistent()
 
+    def plan(self) -> bool:
+        self.device.forget()
+        plan = self.scheduler.schedule()
+        self.consistent()
+        if plan is None:
+            return False
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert max(len(plan.requests), len(plan.sampled)) <= self.rows and len(plan.copies) <= len(plan.requests)
+        SharingMachine.seen["copy"] += len(plan.copies)
+        self.in_flight.append((plan, self.device.run(plan)))
+        return True
+
     def tidy(self) -> None:
         self.groups = [group for group in self.groups if any(r.status is not RequestStatus.FINISHED for r in group)]
 
@@ -262,7 +289,7 @@ class SharingMachine(RuleBasedStateMachine):
         running = self.sequences(RequestStatus.RUNNING)
         assert len(running) == self.scheduler.num_running <= self.rows
         assert self.scheduler.has_work == bool(self.groups)
-        most = sum(-(-request.num_tokens // self.page_size) for request in running)
+        most = sum(-(-request.num_planned // self.page_size) for request in running)
         assert self.scheduler.pool.num_used <= most, "pages beyond what tokens need, or pages that nobody frees"
 
     def teardown(self) -> None:
@@ -286,5 +313,5 @@ TestSharing.settings = settings(
 def test_the_machine_has_done_enough() -> None:
     """Runs after it, in this file's order."""
     assert SharingMachine.num_operations >= 10_000, SharingMachine.seen
-    for name in ("add", "samples", "beam search", "search done", "abort", "stop", "preempt", "evict", "failure", "copy", "cached"):
+    for name in ("add", "samples", "beam search", "search done", "abort", "stop", "preempt", "evict", "failure", "copy", "cached", "ahead"):
         assert SharingMachine.seen[name] >= 10, (name, SharingMachine.seen)
