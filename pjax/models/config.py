@@ -11,13 +11,15 @@ from pjax.errors import CheckpointError, UnsupportedError
 
 # Keys that describe training, storage or other libraries' run time, and never a forward pass.
 NEUTRAL_KEYS = frozenset(
-    "_name_or_path _attn_implementation architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "finetuning_task hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference "
-    "label2id language model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id problem_type pruned_heads "
-    "quantization return_dict rope_interleaved sep_token_id tie_encoder_decoder torch_dtype torchscript transformers.js_config "
-    "transformers_version use_bfloat16 use_cache vocab_size_is_padded task_specific_params tf_legacy_loss decoder_start_token_id "
-    "activation_dropout attn_pdrop classifier_dropout dropout embd_pdrop gradient_checkpointing init_std layerdrop n_ctx prefix "
-    "resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
+    "_attn_implementation _attn_implementation_autoset _name_or_path activation_dropout architectures attention_dropout "
+    "attention_probs_dropout_prob attn_pdrop auto_map bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines "
+    "decoder_start_token_id dropout dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout "
+    "hidden_dropout_prob id2label init_std initializer_range is_decoder is_encoder_decoder is_llama_config "
+    "keys_to_ignore_at_inference label2id language layerdrop max_sequence_length model_type n_ctx n_special name_or_path "
+    "num_labels output_attentions output_hidden_states output_past pad_token_id predict_special_tokens prefix problem_type "
+    "pruned_heads quantization resid_pdrop return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout "
+    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tf_legacy_loss tie_encoder_decoder torch_dtype "
+    "torchscript transformers.js_config transformers_version use_bfloat16 use_cache vocab_size_is_padded".split()
 )
 
 
@@ -71,6 +73,15 @@ class ConfigReader:
         if value not in supported:
             raise UnsupportedError(f"{self._family} config: {key} is {value!r}; supported: {', '.join(map(repr, supported))}")
         return value
+
+    def same(self, *keys: str) -> Any:
+        """The value of keys of one meaning, None where none is there; CheckpointError when two differ."""
+        given = {key: value for key in keys if (value := self.get(key)) is not None}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            pairs = " and ".join(f"{key} {value!r}" for key, value in given.items())
+            raise CheckpointError(f"{self._family} config: {pairs} differ, but mean the same")
+        return values[0] if values else None
 
     def finish(self) -> None:
         """Refuses keys that were not taken and are not known to be neutral."""
@@ -126,9 +137,10 @@ class RopeConfig:
     def read(cls, config: ConfigReader, max_position: int, *, theta_key: str = "rope_theta", fraction_key: str | None = None) -> RopeConfig:
         """From `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5).
 
-        A family whose heads are rotated in part names the key of the part; for the others it must be 1.
+        A family whose heads are rotated in part names the key of the part; for the others it must be 1. A family's own keys may stand
+        beside the usual ones with the same values, as later versions of transformers 4 wrote them.
         """
-        theta = config.get(theta_key)
+        theta = config.same(theta_key, "rope_theta")
         raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"rope scaling is {raw!r}, but must be an object")
@@ -152,7 +164,7 @@ class RopeConfig:
             values["truncate"] = inner.flag("truncate", True)
             for key in ("attention_factor", "mscale", "mscale_all_dim"):
                 values[key] = None if inner.get(key) is None else inner.number(key)
-        fraction = None if fraction_key is None else config.get(fraction_key)
+        fraction = None if fraction_key is None else config.same(fraction_key, "partial_rotary_factor")
         if fraction_key is None:
             inner.only("partial_rotary_factor", (1, 1.0), 1.0)
         else:

@@ -52,6 +52,7 @@ class LlamaConfig:
         hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         max_position = config.integer("max_position_embeddings", 2048)
         config.only("pretraining_tp", (1,), 1)
+        config.only("use_mrope", (False,), False)
         attention_bias = config.flag("attention_bias")
         made = cls(
             vocab_size=config.integer("vocab_size"),

@@ -15,6 +15,7 @@ from flax import nnx
 
 from pjax import models
 from pjax.errors import CheckpointError, UnsupportedError
+from pjax.models import gpt_neox
 from tests.models import hf
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
@@ -213,3 +214,7 @@ def test_transformers_4_spells_neox_otherwise(tmp_path: Path) -> None:
     made = models.find_family({"architectures": ["GPTNeoXForCausalLM"]}).Config.from_hf(config)
     assert (made.rope.fraction, made.rope.theta, made.rotary_size) == (0.5, 700.0, 4)
     assert dataclasses.is_dataclass(made)
+    both = config | {"partial_rotary_factor": 0.5, "rope_theta": 700.0}  # as its last versions wrote it
+    assert gpt_neox.Config.from_hf(both) == made
+    with pytest.raises(CheckpointError, match="gpt_neox config: rotary_emb_base 700 and rope_theta 800 differ, but mean the same"):
+        gpt_neox.Config.from_hf(both | {"rope_theta": 800})
