@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pjax.errors import ConfigError
+from pjax.errors import ConfigError, UnsupportedError
 from pjax.models import forward, load
 
 LENGTHS = (1, 9, 40)  # of the random prompts
@@ -91,7 +91,10 @@ class _Theirs:
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            try:
+                found: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            except (ValueError, OSError) as error:  # a GGUF of gptneox, or an orbax folder
+                raise UnsupportedError(f"{model}: transformers does not read it, so there is nothing to compare with: {error}") from error
         self._model, self._torch = found.eval(), torch
 
     def __call__(self, tokens: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from pjax import cli, verify
 from pjax.models import llama
-from tests.models import hf
+from tests.models import gguf_files, hf
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "OPT", "GPT2"])
@@ -53,3 +53,12 @@ def test_nan_is_no_agreement() -> None:
 def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What transformers reads is compared; the rest is no failure of pjax."""
+    qwen = gguf_files.write_model(tmp_path / "qwen.gguf", hf.make(tmp_path / "qwen", "Qwen2"))
+    assert cli.main(["verify", str(qwen), "--max-tokens", "2"]) == 0
+    neox = gguf_files.write_model(tmp_path / "neox.gguf", hf.make(tmp_path / "neox", "GPTNeoX"))
+    assert cli.main(["verify", str(neox), "--max-tokens", "2"]) == 2
+    assert "neox.gguf: transformers does not read it, so there is nothing to compare with" in capsys.readouterr().err

@@ -136,4 +136,18 @@ def known_leftovers(config: GPT2Config) -> tuple[str, ...]:
     return (masks, r"lm_head\.weight") if config.tied else (masks,)
 
 
+GGUF_NAMES = {
+    "transformer.wte.": "token_embd.",
+    "transformer.wpe.": "position_embd.",
+    "transformer.ln_f.": "output_norm.",
+    "lm_head.": "output.",
+    "transformer.h.": "blk.",
+    ".ln_1.": ".attn_norm.",
+    ".ln_2.": ".ffn_norm.",
+    ".attn.c_attn.": ".attn_qkv.",
+    ".attn.c_proj.": ".attn_output.",
+    ".mlp.c_fc.": ".ffn_up.",
+    ".mlp.c_proj.": ".ffn_down.",
+}
+
 Config, Model = GPT2Config, GPT2

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pjax.errors import CheckpointError
@@ -151,6 +152,28 @@ def known_leftovers(config: GPTNeoXConfig) -> tuple[str, ...]:
     """Regular expressions of tensors that checkpoints carry and the model does not read."""
     buffers = r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)"
     return (buffers, r"lm_head\.weight") if config.tied else (buffers,)
+
+
+GGUF_NAMES = {
+    "gpt_neox.embed_in.": "token_embd.",
+    "gpt_neox.final_layer_norm.": "output_norm.",
+    "lm_head.": "output.",
+    "gpt_neox.layers.": "blk.",
+    ".input_layernorm.": ".attn_norm.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+    ".attention.query_key_value.": ".attn_qkv.",
+    ".attention.dense.": ".attn_output.",
+    ".mlp.dense_h_to_4h.": ".ffn_up.",
+    ".mlp.dense_4h_to_h.": ".ffn_down.",
+}
+
+
+def from_gguf(name: str, array: np.ndarray, config: GPTNeoXConfig, model_type: str) -> np.ndarray:
+    """A tensor read from GGUF in Hugging Face's order: GGUF has the queries of all heads, then all keys, then all values."""
+    if ".query_key_value." not in name:
+        return array
+    heads = array.reshape(3, config.num_heads, config.head_size, *array.shape[1:])
+    return heads.swapaxes(0, 1).reshape(array.shape)
 
 
 Config, Model = GPTNeoXConfig, GPTNeoX

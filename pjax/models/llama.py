@@ -226,17 +226,10 @@ GGUF_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of a Hugging Face tensor."""
-    for ours, theirs in GGUF_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def from_gguf(name: str, array: np.ndarray, config: LlamaConfig) -> np.ndarray:
-    """A tensor read from GGUF in Hugging Face's order: GGUF interleaves the rotary pairs of q and k."""
+def from_gguf(name: str, array: np.ndarray, config: LlamaConfig, model_type: str) -> np.ndarray:
+    """A tensor read from GGUF in Hugging Face's order: in a llama (and no qwen) GGUF interleaves the rotary pairs of q and k."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-    if heads is None:
+    if heads is None or model_type != "llama":
         return array
     pairs = array.reshape(heads, config.head_size // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,19 @@ class ModelTensors:
         """Of every tensor that a parameter needs, as checkpoints have them."""
         return {name: shape for source in self.sources.values() for name, shape in source.parts}
 
+    @cached_property
+    def _transposed(self) -> set[str]:
+        return _transposed(self.sources)
+
     def read(self, name: str) -> np.ndarray:
         """A tensor by its Hugging Face name, in Hugging Face's order."""
         array = self.checkpoint.read(self.stored_names[name])
-        return self.family.from_gguf(name, array, self.config) if self.checkpoint.format == "gguf" else array
+        if self.checkpoint.format != "gguf":
+            return array
+        if name in self._transposed:
+            array = array.T
+        arrange = getattr(self.family, "from_gguf", None)
+        return array if arrange is None else arrange(name, array, self.config, self.hf["model_type"])
 
     def choose_dtype(self, wanted: str) -> str:
         """The type of the parameters: as wanted, or for "auto" what the config says, or else what most of the weights have.
@@ -112,15 +122,29 @@ def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any
             config = family.Config.from_hf(hf)
     sources = expand(family.weight_table(config), config.num_layers)
     wanted = [name for source in sources.values() for name, _ in source.parts]
-    stored_names = {name: family.gguf_name(name) if is_gguf else aliases.get(name, name) for name in wanted}
+    stored_names = {name: gguf_name(family, name) if is_gguf else aliases.get(name, name) for name in wanted}
     to_hf = {stored: name for name, stored in stored_names.items()} if is_gguf else {}
     renamed = {to_hf.get(name, name): shape for name, shape in found.items()}
+    if is_gguf:
+        renamed |= {name: renamed[name][::-1] for name in _transposed(sources) if name in renamed}
     check_names(sources, renamed, family.known_leftovers(config), str(checkpoint.path))
     dtypes = checkpoint.dtypes()
     others = [f"{name} ({dtypes[stored]})" for name, stored in stored_names.items() if dtypes[stored] not in DTYPES]
     if others:
         raise UnsupportedError(f"{checkpoint.path}: the types of tensors {', '.join(others)} are not among {', '.join(DTYPES)}")
     return ModelTensors(checkpoint=checkpoint, hf=hf, family=family, config=config, sources=sources, stored_names=stored_names)
+
+
+def gguf_name(family: Any, name: str) -> str:
+    """GGUF's name of a Hugging Face tensor."""
+    for ours, theirs in family.GGUF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _transposed(sources: Mapping[str, Source]) -> set[str]:
+    """Tensors that Hugging Face has as [in, out]; GGUF has every kernel as [out, in]."""
+    return {name for source in sources.values() if source.transposed for name, _ in source.parts}
 
 
 def _other_names(family: Any, config: Any, found: Mapping[str, Any]) -> dict[str, str]:

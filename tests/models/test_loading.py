@@ -23,6 +23,7 @@ from pjax import CheckpointError, UnsupportedError
 from pjax.convert import convert
 from pjax.models import ModelSource, llama, open_model
 from pjax.models.checkpoints.stored import DTYPES
+from pjax.models.tensors import gguf_name
 from pjax.models.weights import copy_and_check
 from tests.tiny import write_model
 
@@ -107,11 +108,11 @@ def write_gguf(path: Path, folder: Path) -> Path:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     for name, array in tensors.items():
         if array.ndim == 1:
-            writer.add_tensor(llama.gguf_name(name), array)
+            writer.add_tensor(gguf_name(llama, name), array)
         else:
             rows, columns = array.shape
             data = np.zeros((rows, columns // 32 * 34), np.uint8)
-            writer.add_tensor(llama.gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(gguf_name(llama, name), data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from gguf.quants import dequantize
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.gguf_header import TensorInfo, read_gguf_header
 from pjax.models.checkpoints.base import Checkpoint
+from pjax.models.checkpoints.gguf_config import hf_config
 
 SUPPORTED = (
     *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1),
@@ -23,36 +23,10 @@ SUPPORTED = (
 )
 PLAIN = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16), Type.BF16: np.dtype(ml_dtypes.bfloat16)}
 CHUNK_ELEMENTS = 1 << 18  # dequantised at once: temporaries that stay in the cache
-# Fields of architecture llama that are applied here, or that change no forward pass.
-APPLIED = {
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.value_length",
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "expert_count",
-    "expert_used_count",
-    "feed_forward_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "tensor_data_layout",
-    "vocab_size",
-}
-FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class GGUFFile(Checkpoint):
-    """A .gguf file of architecture llama.
+    """A .gguf file of one of `gguf_config.ARCHITECTURES`.
 
     Raises CheckpointError when the file is damaged or truncated, UnsupportedError when it is big-endian or one of several parts.
     """
@@ -78,7 +52,7 @@ class GGUFFile(Checkpoint):
 
         Raises CheckpointError when a field is missing or wrong, UnsupportedError when one is not applied by pjax.
         """
-        return llama_config(self._metadata, self.names(), self.path)
+        return hf_config(self._metadata, self.names(), self.path)
 
     def generation_config(self) -> dict[str, Any]:
         """GGUF has none."""
@@ -108,7 +82,7 @@ class GGUFFile(Checkpoint):
     def read(self, name: str) -> np.ndarray:
         """One tensor: F32, F16 and BF16 are views of the mapped file, the rest is dequantised to float32.
 
-        Query and key weights of llama keep GGUF's order of rotary pairs.
+        Rows keep GGUF's order (of llama's rotary pairs, say), and kernels are [out, in].
         """
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
@@ -128,111 +102,3 @@ class GGUFFile(Checkpoint):
     def close(self) -> None:
         """Forgets the tensors; the file is unmapped with the last array that views it."""
         self._tensors = {}
-
-
-class _Fields:
-    """Metadata with checks; keys without the `llama.` in front."""
-
-    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
-        self._metadata = metadata
-        self.path = path
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default."""
-        return self._metadata.get(f"llama.{key}", default)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number; CheckpointError when it is missing or none, UnsupportedError when every layer has its own."""
-        value = self.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path} has no metadata field llama.{key}")
-        if isinstance(value, list):
-            raise UnsupportedError(f"{self.path}: llama.{key} is {value}, one a layer; supported: one number for all layers")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.path}: llama.{key} is {value!r}, but must be a number")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """An integer >= 1; errors as in `number`."""
-        value = self.number(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.path}: llama.{key} is {value!r}, but must be an integer >= 1")
-        return value
-
-
-def llama_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
-    """config.json as transformers would write it for a GGUF file of architecture llama.
-
-    Args:
-      metadata: the file's fields, names with their prefixes.
-      shapes: of its tensors, slowest axis first.
-      path: for messages.
-    Raises CheckpointError when a field is missing or wrong, UnsupportedError when one changes what pjax does not apply.
-    """
-    _refuse(metadata, shapes, path)
-    fields = _Fields(metadata, path)
-    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
-    head_size = fields.integer("attention.key_length", hidden // heads)
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if (value := fields.integer(key, head_size)) != head_size:
-            raise UnsupportedError(f"{path}: llama.{key} is {value}; supported: the head size {head_size}")
-    if len(shapes.get("token_embd.weight", ())) != 2:
-        raise CheckpointError(f"{path} has no two-dimensional tensor token_embd.weight")
-    biased = {name.split(".")[-2].split("_")[0] for name in shapes if name.startswith("blk.") and name.endswith(".bias")}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": fields.integer("feed_forward_length"),
-        "num_hidden_layers": fields.integer("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
-        "head_dim": head_size,
-        "max_position_embeddings": fields.integer("context_length"),
-        "vocab_size": shapes["token_embd.weight"][0],
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(fields),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "attn" in biased,
-        "mlp_bias": "ffn" in biased,
-        "hidden_act": "silu",
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-        "torch_dtype": "float32",
-    }
-
-
-def _refuse(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    architecture = metadata.get("general.architecture")
-    if architecture is None:
-        raise CheckpointError(f"{path} has no metadata field general.architecture")
-    if architecture != "llama":
-        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: llama")
-    for name in FACTOR_TENSORS:
-        if name in shapes:
-            raise UnsupportedError(f"{path}: tensor {name} (llama3 or longrope rotary scaling in GGUF) is not supported; use safetensors")
-    if metadata.get("llama.expert_count"):
-        raise UnsupportedError(f"{path}: llama.expert_count is {metadata['llama.expert_count']}; supported: dense models")
-    unknown = sorted(key for key in metadata if key.startswith("llama.") and key.removeprefix("llama.") not in APPLIED)
-    if unknown:
-        values = ", ".join(f"{key}={metadata[key]!r}" for key in unknown)
-        raise UnsupportedError(f"{path} has metadata fields that pjax does not apply: {values}")
-
-
-def _rope_scaling(fields: _Fields) -> dict[str, Any] | None:
-    """As llama.cpp reads it: a factor without a type scales linearly, and no factor or 0 means no scaling."""
-    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
-    kind = fields.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedError(f"{fields.path}: llama.rope.scaling.type is {kind!r}; supported: none, linear, yarn")
-    if kind == "none" or factor in (0, 1):
-        return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if (original := fields.get("rope.scaling.original_context_length")) is not None:
-        scaling["original_max_position_embeddings"] = original
-    if kind == "yarn":
-        for key in ("beta_fast", "beta_slow"):
-            if (value := fields.get(f"rope.scaling.yarn_{key}")) is not None:
-                scaling[key] = value
-    return scaling

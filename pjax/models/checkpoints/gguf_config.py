@@ -1,0 +1,215 @@
+"""A Hugging Face config from the metadata of a GGUF file. Keys and defaults are those of llama.cpp's convert_hf_to_gguf.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pjax.errors import CheckpointError, UnsupportedError
+
+# Fields that are applied here, or that change no forward pass.
+COMMON = frozenset(
+    "attention.head_count attention.head_count_kv block_count context_length embedding_length expert_count expert_used_count "
+    "feed_forward_length vocab_size".split()
+)
+ROTARY = frozenset(
+    "rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.factor rope.scaling.finetuned "
+    "rope.scaling.original_context_length rope.scaling.type rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow".split()
+)
+LLAMA = (
+    COMMON | ROTARY | frozenset("attention.key_length attention.layer_norm_rms_epsilon attention.value_length tensor_data_layout".split())
+)
+GPT2 = COMMON | {"attention.layer_norm_epsilon"}
+GPT_NEOX = COMMON | ROTARY | {"attention.layer_norm_epsilon", "use_parallel_residual"}
+FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Metadata with checks; keys without the architecture in front."""
+
+    architecture: str
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors, slowest axis first
+    path: Path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number; CheckpointError when it is missing or none, UnsupportedError when every layer has its own."""
+        value, name = self.get(key, default), f"{self.architecture}.{key}"
+        if value is None:
+            raise CheckpointError(f"{self.path} has no metadata field {name}")
+        if isinstance(value, list):
+            raise UnsupportedError(f"{self.path}: {name} is {value}, one a layer; supported: one number for all layers")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self.path}: {name} is {value!r}, but must be a number")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer >= 1; errors as in `number`."""
+        value = self.number(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is {value!r}, but must be an integer >= 1")
+        return value
+
+    def only(self, key: str, supported: int, what: str) -> None:
+        """Refuses an integer that is there and is another one."""
+        if (value := self.integer(key, supported)) != supported:
+            raise UnsupportedError(f"{self.path}: {self.architecture}.{key} is {value}; supported: {what} {supported}")
+
+    def has_bias(self, start: str) -> bool:
+        """Whether a layer has a bias whose name begins so: `attn_q`, `ffn`."""
+        names = (name.split(".") for name in self.shapes)
+        return any(words[0] == "blk" and words[-1] == "bias" and words[-2].startswith(start) for words in names if len(words) > 2)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every architecture's config has under the same name."""
+        if len(self.shapes.get("token_embd.weight", ())) != 2:
+            raise CheckpointError(f"{self.path} has no two-dimensional tensor token_embd.weight")
+        return {
+            "vocab_size": self.shapes["token_embd.weight"][0],
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+            "torch_dtype": "float32",
+        }
+
+
+def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """config.json as transformers would write it for the model of a GGUF file.
+
+    Args:
+      metadata: the file's fields, names with their prefixes.
+      shapes: of its tensors, slowest axis first.
+      path: for messages.
+    Raises CheckpointError when a field is missing or wrong, UnsupportedError when one changes what pjax does not apply.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture is None:
+        raise CheckpointError(f"{path} has no metadata field general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    applied, make = ARCHITECTURES[architecture]
+    for name in FACTOR_TENSORS:
+        if name in shapes:
+            raise UnsupportedError(f"{path}: tensor {name} (llama3 or longrope rotary scaling in GGUF) is not supported; use safetensors")
+    fields = Fields(architecture, metadata, shapes, path)
+    if fields.get("expert_count"):
+        raise UnsupportedError(f"{path}: {architecture}.expert_count is {fields.get('expert_count')}; supported: dense models")
+    prefix = f"{architecture}."
+    unknown = sorted(key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in applied)
+    if unknown:
+        values = ", ".join(f"{key}={metadata[key]!r}" for key in unknown)
+        raise UnsupportedError(f"{path} has metadata fields that pjax does not apply: {values}")
+    return make(fields)
+
+
+def _llama(fields: Fields) -> dict[str, Any]:
+    """llama, qwen2 and qwen3: they differ in where a bias or a norm may be."""
+    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    head_size = fields.integer("attention.key_length", hidden // heads)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        fields.only(key, head_size, "the head size")
+    config = {
+        "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[fields.architecture] + "ForCausalLM"],
+        "model_type": fields.architecture,
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("feed_forward_length"),
+        "num_hidden_layers": fields.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
+        "head_dim": head_size,
+        "max_position_embeddings": fields.integer("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fields.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(fields),
+        "hidden_act": "silu",
+        **fields.shared,
+    }
+    if fields.architecture != "qwen2":  # which has biases of q, k and v, and no others
+        config["attention_bias"] = fields.has_bias("attn")
+    if fields.architecture == "llama":
+        config["mlp_bias"] = fields.has_bias("ffn")
+    return config
+
+
+def _gpt2(fields: Fields) -> dict[str, Any]:
+    heads = fields.integer("attention.head_count")
+    fields.only("attention.head_count_kv", heads, "the number of heads")
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": fields.integer("embedding_length"),
+        "n_inner": fields.integer("feed_forward_length"),
+        "n_layer": fields.integer("block_count"),
+        "n_head": heads,
+        "n_positions": fields.integer("context_length"),
+        "layer_norm_epsilon": fields.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+        **fields.shared,
+    }
+
+
+def _gpt_neox(fields: Fields) -> dict[str, Any]:
+    """The file does not say which GELU: the exact one, which Pythia and Dolly v2 have."""
+    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    fields.only("attention.head_count_kv", heads, "the number of heads")
+    head_size = hidden // heads
+    rotated = fields.integer("rope.dimension_count", head_size)
+    parallel = fields.get("use_parallel_residual", True)
+    if not isinstance(parallel, bool):
+        raise CheckpointError(f"{fields.path}: gptneox.use_parallel_residual is {parallel!r}, but must be true or false")
+    share = rotated / head_size
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("feed_forward_length"),
+        "num_hidden_layers": fields.integer("block_count"),
+        "num_attention_heads": heads,
+        "max_position_embeddings": fields.integer("context_length"),
+        "layer_norm_eps": fields.number("attention.layer_norm_epsilon"),
+        "rotary_pct": share if int(head_size * share) == rotated else math.nextafter(share, 2.0),  # the product is rounded down
+        "rotary_emb_base": fields.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(fields),
+        "use_parallel_residual": parallel,
+        "attention_bias": fields.has_bias("attn_qkv"),
+        "hidden_act": "gelu",
+        **fields.shared,
+    }
+
+
+def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
+    """As llama.cpp reads it: a factor without a type scales linearly, and no factor or 0 means no scaling."""
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
+    kind = fields.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        name = f"{fields.architecture}.rope.scaling.type"
+        raise UnsupportedError(f"{fields.path}: {name} is {kind!r}; supported: none, linear, yarn")
+    if kind == "none" or factor in (0, 1):
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if (original := fields.get("rope.scaling.original_context_length")) is not None:
+        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            if (value := fields.get(f"rope.scaling.yarn_{key}")) is not None:
+                scaling[key] = value
+    return scaling
+
+
+ARCHITECTURES: dict[str, tuple[frozenset[str], Callable[[Fields], dict[str, Any]]]] = {
+    "llama": (LLAMA, _llama),
+    "qwen2": (LLAMA, _llama),
+    "qwen3": (LLAMA, _llama),
+    "gpt2": (GPT2, _gpt2),
+    "gptneox": (GPT_NEOX, _gpt_neox),
+}
+"""GGUF's architectures: the fields that are applied, and what makes the config."""
