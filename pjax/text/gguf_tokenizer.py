@@ -18,10 +18,12 @@ LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # Values of tokenizer.ggml.pre. Words are split by GPT-2's pattern unless another one is named.
-GPT2_KINDS = ("default", "gpt-2", "gpt2")
+GPT2_KINDS = ("default", "gpt-2", "gpt2", "olmo", "mpt")
 DIGIT_KINDS = ("smollm", "starcoder", "refact")  # GPT-2's pattern, after every digit was set apart
 LLAMA3_KINDS = ("llama-bpe", "llama3", "llama-v3")
 QWEN2_KINDS = ("qwen2", "deepseek-r1-qwen")
+NFC_KINDS = (*QWEN2_KINDS, "olmo", "mpt")  # GGUF does not say that a text is normalised; these tokenizers' sources do it
+NFC_ARCHITECTURES = ("gptneox",)  # Pythia's and Dolly's tokenizer is olmo's, which files from before 2024 don't name
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of the format's specification
 
@@ -32,6 +34,10 @@ class _Metadata:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fields = read_gguf_header(path).metadata
+
+    @property
+    def architecture(self) -> Any:
+        return self._fields.get("general.architecture")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(f"tokenizer.{key}", default)
@@ -108,7 +114,7 @@ def _byte_level(metadata: _Metadata, tokens: list[str]) -> Backend:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.array("ggml.merges")]
     # Llama 3's tokenizer takes a word that is itself a token without merging.
     backend = Backend(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=kind in LLAMA3_KINDS))
-    if kind in QWEN2_KINDS:
+    if kind in NFC_KINDS or metadata.architecture in NFC_ARCHITECTURES:
         backend.normalizer = normalizers.NFC()
     uses_gpt2_pattern = kind in (*GPT2_KINDS, *DIGIT_KINDS)
     prefix = bool(metadata.get("ggml.add_space_prefix", False))
