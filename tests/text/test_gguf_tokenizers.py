@@ -30,7 +30,8 @@ MORE = [
     "  leading", "trailing   ", "\t\ttabs\n \n  mixed \r\n lines", "a\u00a0b\u3000c\u2003d", "don't DON'T don’t I'LL i'll",
     "3.14159 1,000,000 ²³ ½",
     "e\u0301 vs é, A\u030a vs Å, ｶﾞ vs ガ", "🇩🇪👩‍👩‍👧‍👦😀", "x" * 300, "ab" * 100 + " " * 50, "<|im_start|>user\nHi<|im_end|>",
-    "a<tool_call>b</tool_call>",    "a<|endoftext|>b", "    four        eight spaces", "### Instruction:\nDo it.\n\n### Response:\n", "[PAD3] \ufffd \u200b \ufeff",
+    "a<tool_call>b</tool_call>",    "a<|endoftext|>b", "    four        eight spaces", "### Instruction:\nDo it.\n\n### Response:\n",
+    "[PAD3] \ufffd \u200b \ufeff",
 ]  # fmt: skip
 SPACES = ["  ", "    ", "        "]  # gpt-neox-20b has such tokens beside its vocabulary
 
