@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from pjax.config import EngineConfig
 from pjax.engine import LLMEngine, Prompt
-from pjax.errors import InvalidRequestError
+from pjax.errors import ConfigError, InvalidRequestError
 from pjax.logs import show_logs
 from pjax.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
+from pjax.text.chat_template import read_template
 from pjax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -30,6 +31,7 @@ class LLM:
       tokenizer: a path or hub id, where it is not the model's.
       dtype: "auto", "float32", "bfloat16" or "float16".
       skip_tokenizer_init: token ids in, token ids out; the checkpoint needs no tokenizer.
+      chat_template: a chat template, or the path of one, instead of the checkpoint's.
       progress: show progress bars and log messages.
       options: any other field of `pjax.config.EngineConfig` (max_model_len, max_num_seqs, max_num_batched_tokens, seed, …).
 
@@ -44,15 +46,21 @@ class LLM:
         tokenizer: str | Path | None = None,
         dtype: str = "auto",
         skip_tokenizer_init: bool = False,
+        chat_template: str | Path | None = None,
         progress: bool = True,
         **options: Any,
     ) -> None:
         config = EngineConfig(dtype=dtype, **options)
+        if chat_template is not None and skip_tokenizer_init:
+            raise ConfigError("chat_template needs a tokenizer, but skip_tokenizer_init is set")
+        template = None if chat_template is None else read_template(chat_template)
         if progress:
             show_logs()
         self.engine = LLMEngine(
             model, config, params=params, tokenizer=tokenizer, skip_tokenizer_init=skip_tokenizer_init, progress=progress
         )
+        if template is not None:
+            self.get_tokenizer().chat_template = template
 
     def update_params(self, params: Any, *, restart: bool = False) -> None:
         """Swaps the parameters; see `LLMEngine.update_params`."""
@@ -143,15 +151,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Like `generate`, for one conversation or a list of them, through the model's chat template."""
+        """Like `generate`, for one conversation or a list of them, through a chat template.
+
+        Args:
+          chat_template: a template, or the path of one, instead of the model's.
+          chat_template_kwargs: variables that the template may name, such as Qwen 3's enable_thinking.
+        """
         conversations = _as_conversations(messages)
         tokenizer = self.get_tokenizer()
-        prompts = [
-            tokenizer.encode(tokenizer.apply_chat_template(c, add_generation_prompt=add_generation_prompt), add_special_tokens=False)
-            for c in conversations
-        ]
+        options = dict(chat_template_kwargs or {}) | {"add_generation_prompt": add_generation_prompt}
+        options["chat_template"] = None if chat_template is None else read_template(chat_template)
+        prompts = [tokenizer.encode(tokenizer.apply_chat_template(c, **options), add_special_tokens=False) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   generate.py "The capital of France is" --max-tokens 8
   generate.py --chat "Why is the sky blue?" --temperature 0.7 --seed 1
+  generate.py --chat "Name three colours." --model databricks/dolly-v2-3b --chat-template examples/dolly.jinja
   generate.py --file prompts.txt --json > answers.jsonl
   echo "Once upon a time" | generate.py --model ./my-llama --stats
 """
@@ -45,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--file", type=Path, metavar="PATH", help="a text file with one prompt a line")
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's message; the model's chat template is applied")
     parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
+    parser.add_argument("--chat-template", metavar="FILE", help="a jinja2 chat template for --chat, instead of the model's own")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="a Hugging Face folder, a .gguf file or a hub id (default: the demo model)")
@@ -77,8 +79,9 @@ def parse() -> argparse.Namespace:
     output.add_argument("--stats", action="store_true", help="times and speeds on standard error when done")
     output.add_argument("--verbose", action="store_true", help="log messages on standard error")
     args = parser.parse_args()
-    if args.system is not None and not args.chat:
-        parser.error("--system needs --chat")
+    if needs := [name for name, value in (("--system", args.system), ("--chat-template", args.chat_template)) if value is not None]:
+        if not args.chat:
+            parser.error(f"{', '.join(needs)}: no use without --chat")
     drawing = {"--top-k": args.top_k, "--top-p": args.top_p != 1, "--min-p": args.min_p, "--seed": args.seed is not None}
     if args.temperature == 0 and (named := [name for name, value in drawing.items() if value]):
         parser.error(f"{', '.join(named)}: no use at --temperature 0, which takes the likeliest token")
@@ -146,16 +149,18 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def add_requests(engine: LLMEngine, args: argparse.Namespace, prompts: list[str], params: SamplingParams) -> list[str]:
+def add_requests(
+    engine: LLMEngine, args: argparse.Namespace, prompts: list[str], params: SamplingParams, template: str | None
+) -> list[str]:
     """Queues every prompt; the ids, in their order."""
     ids = []
     for text in prompts:
         prompt: str | list[int] = text
         if args.chat and engine.tokenizer is not None:
             messages = [{"role": "system", "content": args.system}] if args.system is not None else []
-            prompt = engine.tokenizer.encode(
-                engine.tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}]), add_special_tokens=False
-            )
+            messages.append({"role": "user", "content": text})
+            chat = engine.tokenizer.apply_chat_template(messages, chat_template=template)
+            prompt = engine.tokenizer.encode(chat, add_special_tokens=False)
         ids.append(engine.add_request(prompt, params))
     engine.prefetch()
     return ids
@@ -236,13 +241,15 @@ def main() -> None:
 
     from pjax.errors import PjaxError
     from pjax.logs import show_logs
+    from pjax.text.chat_template import read_template
 
     if args.verbose:
         show_logs()
     try:
         params = sampling_params(args)
+        template = None if args.chat_template is None else read_template(Path(args.chat_template))
         engine = make_engine(args, len(prompts))
-        ids = add_requests(engine, args, prompts, params)
+        ids = add_requests(engine, args, prompts, params, template)
         outputs = show(run(engine, ids), prompts, args.json)
     except PjaxError as error:
         sys.exit(f"generate.py: {error}")

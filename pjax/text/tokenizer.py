@@ -1,17 +1,16 @@
-"""Tokenizers by the `tokenizers` package, from a Hugging Face folder or a GGUF file, and chat templates by jinja2."""
+"""Tokenizers by the `tokenizers` package, from a Hugging Face folder or a GGUF file, with their chat templates."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from pjax.errors import CheckpointError, InvalidRequestError
+from pjax.text.chat_template import render
 
 
 class Tokenizer:
@@ -66,48 +65,32 @@ class Tokenizer:
         """Text; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as the model was trained to read it. InvalidRequestError when there is no template or it refuses."""
-        if self.chat_template is None:
-            raise InvalidRequestError("this model has no chat template")
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model was trained to read it. InvalidRequestError when there is no template or it refuses.
+
+        Args:
+          chat_template: a template's text to use instead of the model's own.
+          variables: what the template may name beside the messages and special tokens.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        if template is None:
+            raise InvalidRequestError("this model has no chat template: give one (chat_template, --chat-template)")
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(f"message {index} is {message!r}, but must be a mapping with a role")
         names = {"tools": None, "documents": None, **self.special_tokens, **variables}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return str(_compiled(self.chat_template).render(names))
+            return render(template, names)
         except Exception as error:  # the template is code: given a message that it does not expect, it raises anything
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    """Templates come with checkpoints: they run in jinja2's sandbox, with the helpers that transformers gives them."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}…{% endgeneration %}` marks the model's words for training; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012 - as the base class has it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
 
 
 def load_folder_tokenizer(path: Path) -> Tokenizer:

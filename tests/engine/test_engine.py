@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pjax import LLM, InvalidRequestError, LLMEngine, SamplingParams
+from pjax import LLM, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
 from pjax.config import EngineConfig
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
@@ -135,6 +135,12 @@ def test_chat_applies_the_template(llm: LLM) -> None:
     assert llm.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False) == expected
     assert output.prompt_token_ids[0] == 258
     assert [o.prompt_token_ids for o in llm.chat([messages, messages], greedy(1), use_tqdm=False)] == [output.prompt_token_ids] * 2
+    own = llm.chat(
+        messages, greedy(1), use_tqdm=False, chat_template="{{ word }} {{ messages | length }}", chat_template_kwargs={"word": "w"}
+    )
+    assert own[0].prompt_token_ids == llm.get_tokenizer().encode(f"w {len(messages)}", add_special_tokens=False)
+    with pytest.raises(ConfigError, match=r"chat template none\.jinja is not readable"):
+        llm.chat(messages, greedy(1), use_tqdm=False, chat_template="none.jinja")
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path, llm: LLM) -> None:

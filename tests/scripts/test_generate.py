@@ -43,13 +43,27 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     assert piped.stderr == ""
 
 
+@pytest.mark.slow
+def test_a_chat_template_of_ones_own(model: Path, tmp_path: Path) -> None:
+    """Every byte is a token of this model, so the prompt's length is that of the rendered text."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    common = ("--model", str(model), "--max-tokens", "2", "--json", "--chat", "--system", "sys")
+    result = generate("hi", "--chat-template", str(template), *common, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["num_prompt_tokens"] == len("[system]sys[user]hi")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "there is no prompt"),
         (("a", "--top-p", "2", "--temperature", "1"), "top_p is 2.0, but must be in (0, 1]"),
         (("a", "--top-p", "0.5", "--seed", "1"), "--top-p, --seed: no use at --temperature 0"),
-        (("a", "--system", "b"), "--system needs --chat"),
+        (("a", "--system", "b"), "--system: no use without --chat"),
+        (("a", "--chat-template", "b"), "--chat-template: no use without --chat"),
+        (("a", "--chat", "--chat-template", "/nowhere.jinja"), "chat template /nowhere.jinja is not readable as a file of UTF-8"),
+        (("a", "--chat", "--chat-template", "{model}/model.safetensors"), "model.safetensors is not readable as a file of UTF-8"),
         (("a", "--max-num-seqs", "0"), "max_num_seqs is 0"),
         (("a", "--max-tokens", "0"), "max_tokens is 0"),
         (("a", "--model", "/nowhere"), "/nowhere does not exist"),
@@ -59,6 +73,7 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     ids=str,
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], message: str, model: Path, tmp_path: Path) -> None:
+    arguments = tuple(argument.replace("{model}", str(model)) for argument in arguments)
     if "--model" not in arguments:
         arguments = (*arguments, "--model", str(model))
     result = generate(*arguments, cache=tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from pjax.errors import CheckpointError, InvalidRequestError, UnsupportedError
+from pjax.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from pjax.text.gguf_tokenizer import load_gguf_tokenizer
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
@@ -230,6 +230,38 @@ def test_where_a_folder_keeps_its_template(tmp_path: Path) -> None:
     assert load_tokenizer(folder).chat_template == "D"
     (folder / "chat_template.jinja").write_text("J")
     assert load_tokenizer(folder).chat_template == "J"
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_models(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, train(byte_level=True), chat_template="MODEL")
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }} é {{ name }}", encoding="utf-8")
+    for template in (file, str(file), "{{ messages[0].content }} é {{ name }}"):
+        tokenizer = load_tokenizer(folder, template)
+        assert tokenizer.apply_chat_template(MESSAGES[1:], name=1) == "Grüße 😀\n é 1"
+    assert tokenizer.apply_chat_template(MESSAGES, chat_template="O {{ eos_token }}") == "O </s>"
+    assert load_tokenizer(folder).apply_chat_template(MESSAGES) == "MODEL"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("nothing.jinja", r"chat template nothing\.jinja is not readable as a file of UTF-8: .*No such file"),
+        (Path("/"), r"chat template / is not readable"),
+        (3, r"chat_template is 3, but must be a path or a template"),
+        ("a\n{% for %}", r"chat_template is no jinja2 template: line 2: "),
+        ("{{ x | nofilter }}", r"chat_template is no jinja2 template: line 1: No filter named 'nofilter'"),
+        (b"\xff{", r"latin\.jinja is not readable as a file of UTF-8: .*can't decode byte 0xff"),
+        (b"\n\n{{ x", r"latin\.jinja is no jinja2 template: line 3: "),
+    ],
+)
+def test_bad_templates_are_refused_by_name(tmp_path: Path, template: Any, message: str) -> None:
+    folder = write_folder(tmp_path, train(byte_level=True))
+    if isinstance(template, bytes):
+        (tmp_path / "latin.jinja").write_bytes(template)
+        template = tmp_path / "latin.jinja"
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(folder, template)
 
 
 # --- folders
