@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
+from flax import nnx
 
 from pjax import LLM, CheckpointError, ConfigError, SamplingParams
 from pjax.convert import convert, verify
@@ -134,6 +136,20 @@ def test_stacked_layers_and_other_types_from_orbax(truth: Path, tmp_path: Path) 
     for mode in ("scan", "loop"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert_same(parameters(made, dtype, mode), parameters(truth, dtype, mode))
+
+
+def test_orbax_itself_restores_a_group(truth: Path, tmp_path: Path) -> None:
+    """Any JAX program can read what was written."""
+    made = convert(truth, tmp_path / "made", format="orbax", max_shard_size=SHARD, progress=False)
+    found: dict[str, np.ndarray] = {}
+    for group in sorted(made.glob("params-*")):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            for path, array in jax.tree_util.tree_leaves_with_path(checkpointer.restore(group)):
+                found[".".join(entry.key for entry in path)] = np.asarray(array)
+    leaves = nnx.to_flat_state(open_model(truth, dtype="auto").load(progress=False))
+    wanted = {".".join(map(str, path)).replace("blocks.layers.", "blocks."): np.asarray(leaf[...]) for path, leaf in leaves}
+    assert found.keys() == wanted.keys()
+    assert_same([found[key] for key in wanted], list(wanted.values()))
 
 
 TWO_DEVICES = """

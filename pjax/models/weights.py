@@ -157,7 +157,7 @@ def load_into(
     loaded, bad = [], list[str]()
     with loading_bar(abstract, progress) as bar:
         for path, leaf in flat:
-            target = _aligned_empty(leaf.shape, _numpy_dtype(leaf.dtype))
+            target = aligned_empty(leaf.shape, numpy_dtype(leaf.dtype))
             names = source_paths(path, stacked_layers)
             for index, name in enumerate(names):
                 sources[name].fill(target[index] if len(names) > 1 or (stacked_layers and "blocks" in path) else target, read, bad)
@@ -214,7 +214,7 @@ def source_paths(path: Sequence[Any], stacked_layers: int) -> list[str]:
     return [".".join(["blocks", *words[2:]])]
 
 
-def _aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     """Uninitialised memory that a CPU device takes over without a copy: XLA asks for 64-byte alignment."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -222,5 +222,6 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """A parameter's type in numpy, or ml_dtypes."""
     return np.dtype(ml_dtypes.bfloat16) if str(dtype) == "bfloat16" else np.dtype(dtype)
