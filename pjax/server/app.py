@@ -52,8 +52,6 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         docs_url=None,  # its page fetches scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
-        root_path=config.root_path,
-        max_body_size=config.max_body_bytes,
     )
     app.state.service = service
     errors.install(app)

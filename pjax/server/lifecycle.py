@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +31,8 @@ LATE = 5.0  # seconds that requests get to say that they were cut off
 def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`."""
     set_up(config.log_level, config.log_format)
+    if config.chat_template is not None:
+        config = replace(config, chat_template=_template(config.chat_template))
     with bind(config.host, config.port) as listener:
         llm = AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **asdict(config.engine))
         return serve_llm(llm, config, listener)
@@ -40,7 +42,7 @@ def serve_llm(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> i
     """Serves an engine that is there, at a socket that is bound, and closes the engine; the exit status."""
     try:
         if config.chat_template is not None and llm.engine.tokenizer is not None:
-            llm.engine.tokenizer.chat_template = _template(config.chat_template)
+            llm.engine.tokenizer.chat_template = config.chat_template
         app = create_app(llm, config)
         AppStatus.enable_automatic_graceful_drain = False  # or else every stream ends at once on SIGTERM
         server = Server(_uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
@@ -60,8 +62,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         [*_, (family, kind, _, _, address)] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         reason = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
         raise ConfigError(f"port {port} of {host!r} can't be taken: {reason}") from error
@@ -91,6 +97,7 @@ def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
         timeout_graceful_shutdown=int(config.drain_seconds + LATE) + 1,
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
+        root_path=config.root_path,
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pjax.engine import AsyncLLM, EngineStats
+from pjax.engine import AsyncLLM, EngineStats, StepStats
 from pjax.outputs import RequestOutput
 
 # Bounds of vLLM's histograms: boards compute quantiles from them.
@@ -17,6 +16,7 @@ TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5
 LATENCY = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 LABELS = ("model_name", "engine")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -48,7 +48,23 @@ class ServerMetrics:
         self.inference = histogram("vllm:request_inference_time_seconds", "From the first step to the last token", REQUEST)
         self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request", LENGTH)
         self.output_length = histogram("vllm:request_generation_tokens", "Generated tokens of a request", LENGTH)
+        steps = Histogram(
+            "pjax:step_seconds",
+            "A step, by what it computed: prompts, one token each, or both",
+            (*LABELS, "phase"),
+            registry=self.registry,
+            buckets=STEP,
+        )
+        self._steps = {phase: steps.labels(*self._labels, phase) for phase in ("prefill", "decode", "mixed")}
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens of a step", LENGTH)
+        llm.engine.on_step = self.on_step
         self.registry.register(EngineCollector(llm, self._labels))
+
+    def on_step(self, step: StepStats) -> None:
+        """Measures a step, in the engine's thread."""
+        phase = "decode" if not step.num_prefill_tokens else "mixed" if step.num_decode_tokens else "prefill"
+        self._steps[phase].observe(step.seconds)
+        self._step_tokens.observe(step.num_prefill_tokens + step.num_decode_tokens)
 
     def observer(self) -> RequestObserver:
         """Measures one prompt."""
@@ -70,7 +86,10 @@ class RequestObserver:
         now = self._clock()
         count = sum(len(sequence.token_ids) for sequence in output.outputs)
         if self._num_tokens and count > self._num_tokens:
-            self._metrics.inter_token.observe((now - self._last) / max((count - self._num_tokens) // max(len(output.outputs), 1), 1))
+            # A slow reader gets several steps' tokens at once: each is one observation, of their mean.
+            steps = max((count - self._num_tokens) // len(output.outputs), 1)
+            for _ in range(steps):
+                self._metrics.inter_token.observe((now - self._last) / steps)
         elif count and not self._num_tokens and output.metrics.time_to_first_token is not None:
             self._metrics.first_token.observe(output.metrics.time_to_first_token)
         if count > self._num_tokens:
@@ -122,7 +141,7 @@ class EngineCollector:
         yield self._counter("vllm:prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
         yield self._counter("vllm:num_preemptions", "Requests that gave their pages away and began again", stats.num_preemptions)
-        yield self._cache_config()
+        yield self._cache_config(stats.num_pages)
         yield self._counter("pjax:compilations", "Steps that were compiled", stats.num_compilations)
         yield self._counter("pjax:steps", "Steps", stats.num_steps)
         yield self._pages(stats)
@@ -145,13 +164,9 @@ class EngineCollector:
             family.add_metric((*self._labels, state), value)
         return family
 
-    def _cache_config(self) -> Metric:
-        config = asdict(self._llm.engine.config)
-        shown = {
-            "block_size": config["page_size"],
-            "num_gpu_blocks": self._llm.stats().num_pages,
-            "enable_prefix_caching": config["enable_prefix_caching"],
-        }
+    def _cache_config(self, num_pages: int) -> Metric:
+        config = self._llm.engine.config
+        shown = {"block_size": config.page_size, "num_gpu_blocks": num_pages, "enable_prefix_caching": config.enable_prefix_caching}
         family = GaugeMetricFamily("vllm:cache_config_info", "The page pool's settings", labels=(*LABELS, *shown))
         family.add_metric((*self._labels, *map(str, shown.values())), 1)
         return family

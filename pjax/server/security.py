@@ -50,8 +50,7 @@ class Gate:
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
         self._keys = Keys(config.api_keys)
-        self._body_timeout = config.body_timeout
-        self._log = not config.disable_log_requests
+        self._config = config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +59,7 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         started = time.monotonic()
         status = 0
 
@@ -73,9 +73,9 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN and not scope["path"].startswith("/static/"):
+            if path not in OPEN and not path.startswith("/static/"):
                 self._keys.check(headers.get("authorization"))
-            await self._app(scope, _Timed(receive, self._body_timeout), send_noted)
+            await self._app(scope, _Body(receive, self._config), send_noted)
         except ClientGoneError:
             status = CLIENT_GONE
         except Exception as error:
@@ -83,17 +83,18 @@ class Gate:
             if not status:  # else the answer has begun: the connection is cut
                 await answer(scope, receive, send_noted)
         finally:
-            if self._log and scope["path"] not in QUIET:
+            if not self._config.disable_log_requests and path not in QUIET:
                 fields: dict[str, Any] = {"request_id": request_id, "seconds": round(time.monotonic() - started, 4)}
-                log_request(scope["method"], scope["path"], status, fields | scope.get("pjax.note", {}))
+                log_request(scope["method"], path, status, fields | scope.get("pjax.note", {}))
 
 
-class _Timed:
-    """`receive` that gives a body so many seconds to come."""
+class _Body:
+    """`receive` that takes a body of so many bytes at most, within so many seconds."""
 
-    def __init__(self, receive: Receive, seconds: float) -> None:
+    def __init__(self, receive: Receive, config: ServerConfig) -> None:
         self._receive = receive
-        self._seconds = seconds
+        self._seconds = config.body_timeout
+        self._left = config.max_body_bytes
         self._until: float | None = None
         self._whole = False
 
@@ -108,4 +109,7 @@ class _Timed:
         except TimeoutError:
             raise HTTPException(408, f"the body did not come within {self._seconds:g} seconds", {"Connection": "close"}) from None
         self._whole = not message.get("more_body", False)
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise HTTPException(413, headers={"Connection": "close"})
         return message

@@ -48,7 +48,7 @@ def test_a_stream_says_what_the_whole_says(client: httpx2.Client, post: Any) -> 
         parts = [chunk["choices"][0] for chunk in streamed if chunk["choices"][0]["index"] == choice["index"]]
         assert parts[0]["delta"] == {"role": "assistant", "content": ""} and parts[-1]["delta"] == {}
         assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
-        content = sum((part["logprobs"]["content"] for part in parts if part["logprobs"]), [])
+        content = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
         assert content == choice["logprobs"]["content"]
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [choice["finish_reason"]]
 

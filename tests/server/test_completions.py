@@ -25,7 +25,9 @@ def test_the_articles_request(post: Any, llm: LLM) -> None:
     assert choice["logprobs"] is None
     assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion" and answer["model"] == MODEL
     assert answer["usage"] | {"prompt_tokens_details": None} == {
-        "prompt_tokens": 18, "completion_tokens": 7, "total_tokens": 25,
+        "prompt_tokens": 18,
+        "completion_tokens": 7,
+        "total_tokens": 25,
         "prompt_tokens_details": None,
     }
 
@@ -60,9 +62,9 @@ def test_a_stream_says_what_the_whole_says(client: httpx2.Client, post: Any) -> 
         parts = [chunk["choices"][0] for chunk in streamed if chunk["choices"][0]["index"] == choice["index"]]
         assert len(parts) > 5, "the answer did not come in pieces"
         assert "".join(part["text"] for part in parts) == choice["text"]
-        assert sum((part["token_ids"] for part in parts), []) == choice["token_ids"]
+        assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
         for name in ("tokens", "token_logprobs", "top_logprobs"):
-            assert sum((part["logprobs"][name] for part in parts), []) == choice["logprobs"][name]
+            assert [entry for part in parts for entry in part["logprobs"][name]] == choice["logprobs"][name]
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [choice["finish_reason"]]
 
 
