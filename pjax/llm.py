@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -65,6 +66,14 @@ class LLM:
     def update_params(self, params: Any, *, restart: bool = False) -> None:
         """Swaps the parameters; see `LLMEngine.update_params`."""
         self.engine.update_params(params, restart=restart)
+
+    def start_profile(self, folder: str | Path) -> None:
+        """Starts a trace of JAX's profiler: device, host and Python; TensorBoard, XProf and Perfetto show it."""
+        jax.profiler.start_trace(str(folder))
+
+    def stop_profile(self) -> None:
+        """Ends the trace and writes it into the folder."""
+        jax.profiler.stop_trace()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; InvalidRequestError when it was skipped."""

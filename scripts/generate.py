@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,7 @@ def parse() -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object a prompt, in the order of the prompts")
     output.add_argument("--stats", action="store_true", help="times and speeds on standard error when done")
+    output.add_argument("--profile", metavar="DIR", help="write a trace of JAX's profiler there, for TensorBoard, XProf or Perfetto")
     output.add_argument("--verbose", action="store_true", help="log messages on standard error")
     args = parser.parse_args()
     if needs := [name for name, value in (("--system", args.system), ("--chat-template", args.chat_template)) if value is not None]:
@@ -234,6 +236,13 @@ def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+def profiler_trace(folder: str) -> AbstractContextManager[None]:
+    """Traces device, host and Python into a folder."""
+    import jax
+
+    return jax.profiler.trace(folder)
+
+
 def main() -> None:
     """Parses the command line and streams the completions."""
     args = parse()
@@ -250,7 +259,8 @@ def main() -> None:
         template = None if args.chat_template is None else read_template(Path(args.chat_template))
         engine = make_engine(args, len(prompts))
         ids = add_requests(engine, args, prompts, params, template)
-        outputs = show(run(engine, ids), prompts, args.json)
+        with nullcontext() if args.profile is None else profiler_trace(args.profile):
+            outputs = show(run(engine, ids), prompts, args.json)
     except PjaxError as error:
         sys.exit(f"generate.py: {error}")
     except KeyboardInterrupt:

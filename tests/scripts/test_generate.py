@@ -48,8 +48,9 @@ def test_a_chat_template_of_ones_own(model: Path, tmp_path: Path) -> None:
     """Every byte is a token of this model, so the prompt's length is that of the rendered text."""
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
-    common = ("--model", str(model), "--max-tokens", "2", "--json", "--chat", "--system", "sys")
+    common = ("--model", str(model), "--max-tokens", "2", "--json", "--chat", "--system", "sys", "--profile", str(tmp_path / "trace"))
     result = generate("hi", "--chat-template", str(template), *common, cache=tmp_path)
+    assert list((tmp_path / "trace").rglob("*.xplane.pb")), "--profile wrote nothing"
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["num_prompt_tokens"] == len("[system]sys[user]hi")
 
