@@ -36,6 +36,8 @@ class EngineConfig:
     """Full pages are kept when their request ends, until the pool needs them, and found again by prompts that begin alike."""
     async_scheduling: bool = True
     """Start a step before the tokens of the one before it are on the host, so that the device never waits for Python."""
+    seconds_per_priority: float = 60.0
+    """A request of one level of priority less is served as if it had come so much earlier: those of a poor priority don't starve."""
     seed: int = 0
     """Requests without a seed of their own take one from this and their number."""
     layer_mode: str = "auto"
@@ -63,6 +65,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise ConfigError(f"{name} is {value!r}, but must be {getattr(kinds, '__name__', kinds)}")
+        if not _is_number(self.seconds_per_priority) or not 0 < self.seconds_per_priority < float("inf"):
+            raise ConfigError(f"seconds_per_priority is {self.seconds_per_priority!r}, but must be a number > 0")
         if self.attention_backend not in (None, *ATTENTION_BACKENDS):
             raise ConfigError(f"attention_backend is {self.attention_backend!r}, but must be one of {', '.join(ATTENTION_BACKENDS)}")
         if self.dtype not in DTYPES:
@@ -79,3 +83,7 @@ class EngineConfig:
             raise ConfigError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be >= max_num_seqs {self.max_num_seqs}")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ConfigError(f"num_pages ({self.num_pages}) and kv_cache_memory ({self.kv_cache_memory}) can't both be given")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -90,6 +90,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Generates for every prompt, in one continuous batch; outputs come in the order of the prompts.
 
@@ -97,12 +100,21 @@ class LLM:
           prompts: text, a list of texts, a list of token ids, or a list of such lists; instead of a text or a list of ids also
             vLLM's {"prompt": text} and {"prompt_token_ids": ids}, with a "cache_salt" if wanted, and arrays instead of lists of ids.
           sampling_params: one for all, or one each.
+          priority: one for all, or one each; the lower, the earlier a prompt is served.
+          timeout: seconds after which each ends with reason "timeout" and what it has by then.
 
         Raises InvalidRequestError, before anything runs, when a prompt or its parameters are wrong.
         """
-        return self._generate(_as_list(prompts), sampling_params, use_tqdm)
+        return self._generate(_as_list(prompts), sampling_params, use_tqdm, priority, timeout)
 
-    def _generate(self, listed: list[Any], sampling_params: Any, use_tqdm: bool) -> list[RequestOutput]:
+    def _generate(
+        self,
+        listed: list[Any],
+        sampling_params: Any,
+        use_tqdm: bool,
+        priority: int | Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[RequestOutput]:
         if self.engine.has_unfinished_requests:
             raise InvalidRequestError("the engine has unfinished requests of add_request: step() them to their end first")
         if sampling_params is None or isinstance(sampling_params, SamplingParams | BeamSearchParams):
@@ -113,11 +125,14 @@ class LLM:
             raise InvalidRequestError(f"sampling_params is {type(sampling_params).__name__}, but must be SamplingParams or a list of them")
         if len(params) != len(listed):
             raise InvalidRequestError(f"there are {len(params)} sampling_params for {len(listed)} prompts")
+        priorities = list(priority) if isinstance(priority, Sequence) else [priority or 0] * len(listed)
+        if len(priorities) != len(listed):
+            raise InvalidRequestError(f"there are {len(priorities)} priorities for {len(listed)} prompts")
         ids: list[str] = []
         try:
-            for prompt, one in zip(listed, params, strict=True):
+            for prompt, one, level in zip(listed, params, priorities, strict=True):
                 prompt, cache_salt = _salted(prompt)
-                ids.append(self.engine.add_request(prompt, one, cache_salt=cache_salt))
+                ids.append(self.engine.add_request(prompt, one, cache_salt=cache_salt, priority=level, timeout=timeout))
             if self.engine.config.lazy:
                 self.engine.prefetch()
         except BaseException:

@@ -25,7 +25,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """"stop" (end of sequence, stop token or stop string), "length", "abort"; None while running."""
+    """"stop" (end of sequence, stop token or stop string), "length", "abort", "timeout"; None while running."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for the end-of-sequence token."""
 

@@ -91,7 +91,9 @@ class LLMEngine:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
         }
-        self.scheduler = Scheduler(**limits, enable_prefix_caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            **limits, enable_prefix_caching=config.enable_prefix_caching, seconds_per_priority=config.seconds_per_priority
+        )
         self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
         self._intake = Intake(
             self.tokenizer,
@@ -175,23 +177,37 @@ class LLMEngine:
         request_id: str | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> str:
         """Queues a prompt (text or token ids) and returns its id.
 
-        Its cached pages are shared only with requests of the same `cache_salt`: whoever can't guess another's salt can't learn
-        from the time to the first token what the other asked.
+        Args:
+          cache_salt: its cached pages are shared only with requests of the same salt: whoever can't guess another's can't
+            learn from the time to the first token what the other asked.
+          priority: the lower, the earlier it is served; within one, first come, first served. One level counts as
+            `EngineConfig.seconds_per_priority` of waiting, so that nobody waits for ever.
+          timeout: seconds after which it ends with reason "timeout" and what it has by then.
 
         Raises InvalidRequestError at once when the request is wrong or can never fit; nothing else is affected.
         """
         request_id = self._free_id() if request_id is None else request_id
-        return self.submit(self.prepare(prompt, params, request_id, cache_salt=cache_salt))
+        return self.submit(self.prepare(prompt, params, request_id, cache_salt=cache_salt, priority=priority, timeout=timeout))
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, request_id: str, *, cache_salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams | None,
+        request_id: str,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Prepared:
         """Does the part of `add_request` that needs the request alone, its tokens too. Any thread may call it at any time."""
         text = prompt if isinstance(prompt, str) else None
-        return Prepared(text, self._intake.requests(request_id, prompt, params, cache_salt))
+        requests = self._intake.requests(request_id, prompt, params, cache_salt=cache_salt, priority=priority, timeout=timeout)
+        return Prepared(text, requests)
 
     def submit(self, prepared: Prepared) -> str:
         """Queues a prepared request and returns its id. InvalidRequestError when the id is in use or it can never fit."""
@@ -237,11 +253,13 @@ class LLMEngine:
     # ---- the step
 
     def step(self) -> list[RequestOutput]:
-        """Waits for one step and returns the requests that got a token, finished ones included.
+        """Waits for one step and returns the requests that got a token, finished ones included; or those whose time is up.
 
         With `async_scheduling` the step after it is on its way before that: its rows take from the device the tokens that the
         host does not know yet. A sequence that turns out to have ended computes one row for nothing.
         """
+        if expired := self.scheduler.expire(time.monotonic()):
+            return [self._views.output(request_id) for request_id in expired]  # at once, whatever becomes of the next step
         try:
             while len(self._in_flight) < 1 + self.config.async_scheduling and (plan := self.scheduler.schedule()) is not None:
                 self._wait_for_weights()

@@ -18,6 +18,7 @@ from pjax.scheduler.beam import BeamSearch, num_candidates
 from pjax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+MAX_PRIORITY = 2**53
 
 
 class Intake:
@@ -48,14 +49,23 @@ class Intake:
         self._numbers = itertools.count()
 
     def requests(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | BeamSearchParams | None, cache_salt: str | None = None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams | None,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> list[Request]:
         """The sequences of one prompt, still without a seed; InvalidRequestError when anything is wrong with it."""
+        now = time.monotonic()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams | BeamSearchParams):
             raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams or BeamSearchParams")
         ids = self._prompt_ids(prompt, request_id)
         self._check_salt(cache_salt, request_id)
+        _check_turn(priority, timeout, request_id)
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
         room = max(self._max_model_len - len(ids), 0)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, max(room, 1))
@@ -73,8 +83,10 @@ class Intake:
             "max_tokens": max_tokens,
             "stop_token_ids": frozenset(params.stop_token_ids or ()),
             "eos_token_ids": eos,
-            "metrics": RequestMetrics(arrival_time=time.monotonic()),
+            "metrics": RequestMetrics(arrival_time=now),
             "cache_salt": cache_salt,
+            "priority": int(priority),
+            "deadline": None if timeout is None else now + timeout,
             "beam": search,
         }
         return [Request(**common, index=index, seed=0) for index in range(search.width if search else params.n)]
@@ -139,3 +151,14 @@ class Intake:
                 raise InvalidRequestError(
                     f"{name} has token id {token} at {index}, but ids must be in [0, {vocab}) (request {request_id!r})"
                 )
+
+
+def _check_turn(priority: int, timeout: float | None, request_id: str) -> None:
+    if not isinstance(priority, int | np.integer) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority is {priority!r}, but must be an integer in [-{MAX_PRIORITY}, {MAX_PRIORITY}] (request {request_id!r})"
+        )
+    if timeout is None:
+        return
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < float("inf"):
+        raise InvalidRequestError(f"timeout is {timeout!r}, but must be seconds > 0 or None (request {request_id!r})")

@@ -93,22 +93,31 @@ class Views:
             request_id=request_id,
             prompt=group.prompt,
             prompt_token_ids=list(first.prompt_token_ids),
-            outputs=[_completion(sequence) for sequence in group.sequences] if first.beam is None else self._found(first.beam),
+            outputs=[_completion(sequence) for sequence in group.sequences] if first.beam is None else self._found(first.beam, group),
             finished=finished,
             num_cached_tokens=first.num_cached_tokens,
             metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
         )
 
-    def _found(self, search: BeamSearch) -> list[CompletionOutput]:
+    def _found(self, search: BeamSearch, group: _Group) -> list[CompletionOutput]:
+        """The finished sequences, and the beams as they are where the search was ended from outside."""
+        found = [(one.tokens, one.cum_logprob, "stop" if one.ended else "length") for one in search.finished]
+        if not search.done:
+            beams = [group.sequences[index].request for index in search.beams]
+            found += [
+                (list(beam.output_token_ids), float(total), beam.finish_reason)
+                for beam, total in zip(beams, search.cum_logprobs, strict=True)
+                if beam.finish_reason is not None and beam.output_token_ids
+            ]
         return [
             CompletionOutput(
                 index=index,
-                text=self._tokenizer.decode(found.tokens) if self._tokenizer else "",
-                token_ids=found.tokens,
-                cumulative_logprob=found.cum_logprob,
-                finish_reason="stop" if found.ended else "length",
+                text=self._tokenizer.decode(tokens) if self._tokenizer else "",
+                token_ids=tokens,
+                cumulative_logprob=total,
+                finish_reason=reason,
             )
-            for index, found in enumerate(search.finished)
+            for index, (tokens, total, reason) in enumerate(found)
         ]
 
 

@@ -49,7 +49,8 @@ class BeamSearch:
         self.beams = [0]
         self.finished: list[Hypothesis] = []  # at most `width`, the best first
         self.done = False
-        self._cum_logprobs: Floats = np.zeros(1, np.float32)  # of the beams
+        self.cum_logprobs: Floats = np.zeros(1, np.float32)
+        """Of the beams."""
 
     def choose(self, outputs: list[list[int]], candidates: list[Candidates]) -> list[tuple[int, int]]:
         """(beam, token) of the next beams, the likeliest first; none when the search is done.
@@ -58,7 +59,7 @@ class BeamSearch:
           outputs: each beam's tokens so far.
           candidates: each beam's likeliest continuations, at least `num_candidates` or the whole vocabulary.
         """
-        sums = np.concatenate([total + logprobs for total, (_, logprobs) in zip(self._cum_logprobs, candidates, strict=True)])
+        sums = np.concatenate([total + logprobs for total, (_, logprobs) in zip(self.cum_logprobs, candidates, strict=True)])
         tokens = np.concatenate([tokens for tokens, _ in candidates])
         beams = np.repeat(np.arange(len(candidates)), [len(tokens) for tokens, _ in candidates])
         best = np.argsort(-sums, kind="stable")[: self.num_candidates]
@@ -77,7 +78,7 @@ class BeamSearch:
                 ended.append(Hypothesis(self._score(float(total), length), float(total), [*outputs[beam], token], is_end))
         # All that end in one step are compared at once; of equals the earlier stays. Sorting is stable.
         self.finished = sorted([*self.finished, *ended], key=lambda hypothesis: -hypothesis.score)[: self.width]
-        self._cum_logprobs = np.array(cum_logprobs, np.float32)
+        self.cum_logprobs = np.array(cum_logprobs, np.float32)
         self.done = not going or self._is_decided(length)
         return [] if self.done else going
 
@@ -91,5 +92,5 @@ class BeamSearch:
         if self.params.early_stopping is True:
             return True
         hopeful = self.params.early_stopping == "never" and self.params.length_penalty > 0
-        best = self._score(float(self._cum_logprobs[0]), self.max_tokens if hopeful else length)
+        best = self._score(float(self.cum_logprobs[0]), self.max_tokens if hopeful else length)
         return best <= self.finished[-1].score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pjax.scheduler.beam import BeamSearch, Candidates
 from pjax.scheduler.kv_manager import KVManager
-from pjax.scheduler.queues import RunningQueue, WaitingQueue
+from pjax.scheduler.queues import RemovableHeap, RunningQueue, WaitingQueue
 from pjax.scheduler.request import Request, RequestStatus
 from pjax.scheduler.table import UNKNOWN, SequenceTable
 
@@ -12,29 +12,39 @@ from pjax.scheduler.table import UNKNOWN, SequenceTable
 class Lifecycle:
     """All unfinished sequences: their queue, their row, their pages."""
 
-    def __init__(self, table: SequenceTable, kv: KVManager) -> None:
+    def __init__(self, table: SequenceTable, kv: KVManager, seconds_per_priority: float) -> None:
         self.table = table
         self.kv = kv
+        self._seconds_per_priority = seconds_per_priority
         self.waiting = WaitingQueue()
         self.running = RunningQueue()
         self.unfinished: dict[str, list[Request]] = {}  # sequences of one prompt share an id
+        self.deadlines: RemovableHeap[str] = RemovableHeap()  # ids of those that have one
         self.num_preemptions = 0
         self._num_added = 0
 
     def add(self, sequences: list[Request]) -> None:
-        """Queues the sequences of one prompt, under an id that no other unfinished one has."""
-        self.unfinished[sequences[0].request_id] = list(sequences)
+        """Queues the sequences of one prompt, under an id that no other unfinished one has.
+
+        A level of priority counts as so many seconds of waiting. A request is so overtaken only by those of a better
+        priority that come within a bounded time after it, and nobody starves; ranks need not be changed as time passes.
+        """
+        first = sequences[0]
+        self.unfinished[first.request_id] = list(sequences)
+        since = first.metrics.arrival_time + self._seconds_per_priority * first.priority
         for sequence in sequences:
             sequence.order = self._num_added
-            sequence.rank = 0.0, sequence.order
+            sequence.rank = since, sequence.order
             self._num_added += 1
+        if first.deadline is not None:
+            self.deadlines.add(first.request_id, first.deadline)
         size = len(self.table.tokens)  # more than there are rows: the next ones are led by one of their own
-        for first in range(0, len(sequences), size):
-            leader = sequences[first]
-            leader.followers = sequences[first + 1 : first + size]
+        for place in range(0, len(sequences), size):
+            leader = sequences[place]
+            leader.followers = sequences[place + 1 : place + size]
             for follower in leader.followers:
                 follower.status = RequestStatus.FOLLOWING
-            self.waiting.add(leader)
+            self.waiting.enqueue(leader)
 
     def start(self, request: Request, cached: list[int], now: float) -> None:
         """Makes the first of the waiting ones run, on these cached pages."""
@@ -68,7 +78,7 @@ class Lifecycle:
 
     def _enqueue(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
-        self.waiting.add(request)
+        self.waiting.enqueue(request)
 
     def append(self, request: Request, token: int) -> None:
         """Gives a sequence its next token."""
@@ -106,6 +116,8 @@ class Lifecycle:
         unfinished.remove(request)
         if not unfinished:
             del self.unfinished[request.request_id]
+            if request.request_id in self.deadlines:
+                self.deadlines.remove(request.request_id)
 
     def finish_all(self, request_id: str, reason: str) -> bool:
         """Ends all sequences of a request; False when there is none of that id."""
@@ -185,7 +197,7 @@ class Lifecycle:
 
     def check(self) -> None:
         """Proves the invariants; AssertionError with what breaks them."""
-        waiting, running = list(self.waiting), list(self.running)
+        waiting, running = self.waiting.ordered(), list(self.running)
         self.kv.check(running)
         rows = [sequence.row for request in running for sequence in (request, *request.followers)]
         assert len(set(rows)) == len(rows) and len(rows) + self.table.num_free_rows == len(self.table.tokens), f"rows {rows}"
@@ -197,6 +209,7 @@ class Lifecycle:
         for request in running:
             behind = request.num_computed < request.num_planned or request.num_in_flight > 0
             assert behind == (request.candidates is None), f"request {request.request_id!r} has nothing to compute"
+        assert set(self.deadlines) == {name for name, (first, *_) in self.unfinished.items() if first.deadline is not None}
         followers = [follower for request in (*waiting, *running) for follower in request.followers]
         assert all(follower.status is RequestStatus.FOLLOWING for follower in followers)
         unfinished = [sequence for sequences in self.unfinished.values() for sequence in sequences]

@@ -5,61 +5,83 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 from pjax.scheduler.request import Request
 
-Rank = tuple[float, int]
+T = TypeVar("T", bound=Hashable)
 _rank = attrgetter("rank")
 
 
-class WaitingQueue:
-    """Requests by rank, on a heap. Adding, taking the first and removing any one cost O(log n)."""
+class RemovableHeap(Generic[T]):
+    """Items by key, the smallest first, of equal keys the one added first. Adding, taking the first and removing any cost O(log n)."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Rank, int, Request]] = []
-        self._serials: dict[Request, int] = {}  # of those that wait; an entry of another serial is dead
+        self._heap: list[tuple[Any, int, T]] = []
+        self._serials: dict[T, int] = {}  # of the items that are in; an entry of another serial is dead
         self._next = itertools.count()
 
     def __len__(self) -> int:
         return len(self._serials)
 
-    def __iter__(self) -> Iterator[Request]:
-        """All of them in order; sorts."""
-        return iter(sorted(self._serials, key=_rank))
+    def __contains__(self, item: T) -> bool:
+        return item in self._serials
+
+    def __iter__(self) -> Iterator[T]:
+        """All items in no order."""
+        return iter(self._serials)
 
     @property
-    def first(self) -> Request:
-        """The one that is served next; IndexError when nobody waits."""
-        self._drop_dead()
-        return self._heap[0][2]
+    def first(self) -> T:
+        """The item of the smallest key; IndexError when there is none."""
+        return self._first_entry()[2]
 
-    def add(self, request: Request) -> None:
-        """Places a request, new or preempted, by its rank."""
-        assert request not in self._serials
+    @property
+    def smallest(self) -> Any:
+        """The smallest key; IndexError when there is none."""
+        return self._first_entry()[0]
+
+    def _first_entry(self) -> tuple[Any, int, T]:
+        heap, serials = self._heap, self._serials
+        while serials.get(heap[0][2]) != heap[0][1]:
+            heapq.heappop(heap)
+        return heap[0]
+
+    def add(self, item: T, key: Any) -> None:
+        """Puts an item in; ValueError when it is in already."""
+        if item in self._serials:
+            raise ValueError(f"{item!r} is in already")
         serial = next(self._next)
-        self._serials[request] = serial
-        heapq.heappush(self._heap, (request.rank, serial, request))
+        self._serials[item] = serial
+        heapq.heappush(self._heap, (key, serial, item))
 
-    def pop(self) -> Request:
+    def pop(self) -> T:
         """Takes out the first."""
-        request = self.first
+        item = self.first
         heapq.heappop(self._heap)
-        del self._serials[request]
-        return request
+        del self._serials[item]
+        return item
 
-    def remove(self, request: Request) -> None:
-        """Takes out any one; KeyError when it does not wait."""
-        del self._serials[request]
+    def remove(self, item: T) -> None:
+        """Takes out any item; KeyError when it is not in."""
+        del self._serials[item]
         if len(self._heap) > 2 * len(self._serials) + 64:  # mostly dead: cleared at a constant cost for each removal
             self._heap = [entry for entry in self._heap if self._serials.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
 
-    def _drop_dead(self) -> None:
-        heap, serials = self._heap, self._serials
-        while heap and serials.get(heap[0][2]) != heap[0][1]:
-            heapq.heappop(heap)
+
+class WaitingQueue(RemovableHeap[Request]):
+    """Requests by rank."""
+
+    def enqueue(self, request: Request) -> None:
+        """Places a request, new or preempted."""
+        self.add(request, request.rank)
+
+    def ordered(self) -> list[Request]:
+        """All of them in order; sorts."""
+        return sorted(self, key=_rank)
 
 
 class RunningQueue:

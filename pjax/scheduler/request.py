@@ -38,6 +38,10 @@ class Request:
     metrics: RequestMetrics
     cache_salt: str | None = None
     """Its pages are shared only with requests of the same salt."""
+    priority: int = 0
+    """The lower, the earlier it is served."""
+    deadline: float | None = None
+    """Seconds of `time.monotonic()`: it ends then with what it has."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the pages once the steps under way have ended: `[0, num_computed)`."""

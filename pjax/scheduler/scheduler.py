@@ -3,9 +3,12 @@
 Each sequence has `num_computed` tokens in the pages and catches up with its `num_tokens`; every step gives it
 `min(budget, num_tokens - num_computed)`. That one rule carries chunked prefill, decode, and recomputation after a
 preemption. Order within a step: rows that need one token, then the rest of the running ones, then waiting ones, each
-first come, first served. A waiting one begins behind the full pages that are cached, also those that an older row computes
-in this very step. When pages run out the youngest running request is preempted. The oldest one is never
-preempted for another, and fits the pool alone, so everything that is admitted ends.
+the best rank first: by priority, and by arrival within one (`Lifecycle.add`). A waiting one begins behind the full
+pages that are cached, also those that an earlier row computes in this very step.
+
+When pages run out the running request of the last rank is preempted. That of the first rank is never preempted for another,
+and fits the pool alone, so everything that is admitted ends. No waiting one is passed by one behind it, so each is
+admitted when those before it have ended.
 
 Of several sequences of one prompt the first computes it; the others follow, and already have rows. When the prompt is
 computed each of them gets a token of its own and all pages, and from then on is a sequence like any other.
@@ -43,6 +46,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        seconds_per_priority: float = 60.0,
     ) -> None:
         for name, value in (
             ("num_pages", num_pages),
@@ -59,7 +63,7 @@ class Scheduler:
         self.pool = PagePool(num_pages)
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
         self.kv = KVManager(self.pool, self.table, page_size, enable_prefix_caching=enable_prefix_caching)
-        self.sequences = Lifecycle(self.table, self.kv)
+        self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority)
         self._num_in_flight = 0  # steps planned and not committed
 
     @property
@@ -81,7 +85,7 @@ class Scheduler:
 
     def waiting_lengths(self) -> list[int]:
         """Tokens of each waiting request."""
-        return [request.num_tokens for request in self.sequences.waiting]
+        return [request.num_tokens for request in self.sequences.waiting.ordered()]
 
     @property
     def num_waiting_sequences(self) -> int:
@@ -118,6 +122,16 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """Ends all sequences of a request with reason "abort" and frees all they have; False when there is none of that id."""
         return self.sequences.finish_all(request_id, "abort")
+
+    def expire(self, now: float) -> list[str]:
+        """Ends the requests whose deadline has come, with reason "timeout", and frees all they have; their ids."""
+        deadlines, expired = self.sequences.deadlines, []
+        while deadlines and deadlines.smallest <= now:
+            expired.append(deadlines.first)
+            for sequence in self.sequences.unfinished[deadlines.first]:
+                sequence.metrics.finished_time = now
+            self.sequences.finish_all(deadlines.first, "timeout")
+        return expired
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """Ends an unfinished sequence and frees all it has."""
