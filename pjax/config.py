@@ -9,6 +9,7 @@ from pjax.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYER_MODES = ("auto", "unroll", "scan", "loop")
 ATTENTION_BACKENDS = ("native", "tpu", "triton", "mosaic_gpu", "xla", "reference")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -36,6 +37,11 @@ class EngineConfig:
     """Full pages are kept when their request ends, until the pool needs them, and found again by prompts that begin alike."""
     async_scheduling: bool = True
     """Start a step before the tokens of the one before it are on the host, so that the device never waits for Python."""
+    preemption_mode: str = "auto"
+    """What becomes of a preempted request's pages: copied to host memory and back ("swap"), computed again ("recompute"), or what is
+    thought to be quicker, by measured times."""
+    swap_space: int | None = None
+    """Bytes of host memory for such pages; by default what the page pool takes, at most 4 GiB and a tenth of what is free."""
     seconds_per_priority: float = 60.0
     """A request of one level of priority less is served as if it had come so much earlier: those of a poor priority don't starve."""
     seed: int = 0
@@ -50,7 +56,7 @@ class EngineConfig:
     """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages", "swap_space"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
@@ -73,6 +79,8 @@ class EngineConfig:
             raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
         if self.layer_mode not in LAYER_MODES:
             raise ConfigError(f"layer_mode is {self.layer_mode!r}, but must be one of {', '.join(LAYER_MODES)}")
+        if self.preemption_mode not in PREEMPTION_MODES:
+            raise ConfigError(f"preemption_mode is {self.preemption_mode!r}, but must be one of {', '.join(PREEMPTION_MODES)}")
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size is {self.page_size!r}, but must be one of {', '.join(map(str, PAGE_SIZES))}")
         if not 0 < self.memory_share <= 1:

@@ -10,6 +10,8 @@ from pjax.config import EngineConfig
 from pjax.errors import ConfigError
 from pjax.pallas_kernels.pages import page_bytes
 
+DEFAULT_SWAP_SPACE = 4 << 30
+HOST_SHARE = 0.1  # of free host memory, for pages of preempted requests
 CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
@@ -35,6 +37,20 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
     if fits < 1:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
     return useful if useful <= fits else _round_down(fits)
+
+
+def choose_num_slots(config: EngineConfig, num_pages: int, bytes_per_page: int) -> int:
+    """Pages that the host keeps of preempted requests; ConfigError when swapping is asked for and not even one fits."""
+    if config.preemption_mode == "recompute":
+        return 0
+    if config.swap_space is not None:
+        if config.preemption_mode == "swap" and config.swap_space < bytes_per_page:
+            raise ConfigError(f"swap_space is {config.swap_space} bytes, but one page takes {bytes_per_page}")
+        return config.swap_space // bytes_per_page
+    import psutil
+
+    share = min(DEFAULT_SWAP_SPACE, int(psutil.virtual_memory().available * HOST_SHARE))
+    return min(num_pages, max(share // bytes_per_page, 1))
 
 
 def _round_down(count: int) -> int:

@@ -22,10 +22,11 @@ from pjax.engine.intake import Intake, Prompt
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
 from pjax.errors import ConfigError
-from pjax.memory import choose_num_pages, describe_pool
+from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
 from pjax.models import ModelSource, open_model
 from pjax.models.given import match, source_of
 from pjax.outputs import RequestOutput
+from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, use_compilation_cache
 from pjax.scheduler import Request, Scheduler, StepPlan
@@ -33,6 +34,8 @@ from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+ASSUMED_COPY_RATE = 5e9  # bytes per second between device and host, until it is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +84,8 @@ class LLMEngine:
         self.model_config = source.config
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
-        num_pages = choose_num_pages(config, source.config, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
         log.info("%s: %.2f GiB of %s weights, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, layer_mode)
-        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
-        limits: dict[str, int] = {
-            "num_pages": num_pages,
-            "page_size": config.page_size,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-        }
-        self.scheduler = Scheduler(
-            **limits, enable_prefix_caching=config.enable_prefix_caching, seconds_per_priority=config.seconds_per_priority
-        )
-        self.runner = ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
+        self.scheduler, self.runner = self._build(source, kv_dtype)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=source.config.vocab_size,
@@ -118,7 +109,31 @@ class LLMEngine:
         self._weights: Future[Any] | None = self._loading.submit(load)
         if not config.lazy:
             self.runner.warmup(progress=progress)
+            if copied := self.runner.measure_swap():
+                self.scheduler.kv.swap.cost.observe_copy(*copied)
             self._wait_for_weights()
+
+    def _build(self, source: ModelSource, kv_dtype: str) -> tuple[Scheduler, ModelRunner]:
+        config, model = self.config, source.config
+        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
+        one_page = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
+        limits: dict[str, Any] = {
+            "num_pages": num_pages,
+            "page_size": config.page_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "num_host_slots": choose_num_slots(config, num_pages, one_page),
+        }
+        scheduler = Scheduler(
+            **limits,
+            enable_prefix_caching=config.enable_prefix_caching,
+            seconds_per_priority=config.seconds_per_priority,
+            preemption_mode=config.preemption_mode,
+        )
+        scheduler.kv.swap.cost.observe_copy(1, one_page / ASSUMED_COPY_RATE)
+        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
 
     def _wait_for_weights(self) -> None:
         if self._weights is not None:
@@ -289,6 +304,7 @@ class LLMEngine:
             self._count(request)
             changed[request.request_id] = None
         self._counters.num_steps += 1
+        self.scheduler.kv.swap.cost.observe_step(int(plan.counts[plan.num_decode :].sum()), plan.num_tokens, now - started)
         if self.on_step is not None:
             prefill = int(plan.counts[plan.num_decode :].sum())
             self.on_step(StepStats(now - max(step.started, self._last_end), prefill, plan.num_decode, len(plan.rows)))

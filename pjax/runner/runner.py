@@ -23,6 +23,7 @@ from pjax.params import MAX_CANDIDATES
 from pjax.runner.batch import Bucket, Ints, SamplingTable, find_bucket, input_struct, make_buckets, pack
 from pjax.runner.sampler import Sampled
 from pjax.runner.step import jit_step, make_step
+from pjax.runner.swap import PageSwap
 from pjax.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class RunnerConfig:
     max_num_batched_tokens: int
     kv_cache_dtype: str
     attention_backend: str | None = None
+    num_host_slots: int = 0  # pages of preempted requests in host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,13 @@ class InFlight:
 class ModelRunner:
     """Runs plans on the device. A compiled step exists for each bucket; a missing one is compiled when it is needed.
 
-    `num_compilations` counts them; after `warmup()` it does not change.
+    `num_compilations` counts them, and the copies between pages and host memory; after `warmup()` it does not change.
     """
 
     def __init__(self, model: ModelSource, config: RunnerConfig) -> None:
         self.config = config
         self.buckets = make_buckets(config.max_num_seqs, config.max_num_batched_tokens)
-        self.num_compilations = 0
+        self._num_steps_compiled = 0
         self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
         self._params: list[jax.Array] | None = None
         c = model.config
@@ -85,12 +87,18 @@ class ModelRunner:
         except (RuntimeError, MemoryError) as error:
             size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
+        self._swap = PageSwap(config.num_host_slots, c.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
         self._sampling = SamplingTable(config.max_num_seqs)
         step = make_step(model.graph, self._structure, min(MAX_CANDIDATES, c.vocab_size), config.attention_backend)
         self._step = jit_step(step, self._pool_format)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far; none after `warmup()`."""
+        return self._num_steps_compiled + (self._swap.num_compilations if self._swap is not None else 0)
 
     def set_params(self, params: Any) -> None:
         """Gives the weights, a state as `ModelSource.load` returns it; compilation may begin before."""
@@ -116,6 +124,8 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows))
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket)
         step = self._compiled_step(bucket)
+        if self._swap is not None:
+            self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
         self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
         wants_logprobs = any(request.params.logprobs is not None for request in plan.sampled)
         for array in jax.tree.leaves(sampled) if wants_logprobs else [sampled.tokens]:
@@ -135,6 +145,8 @@ class ModelRunner:
 
         Then nothing that was written is left.
         """
+        if self._swap is not None:
+            self._swap.forget()
         try:
             jax.block_until_ready((self._pages, self._tokens))
         except RuntimeError:
@@ -154,8 +166,19 @@ class ModelRunner:
         wanted = [bucket for bucket in (self.buckets if buckets is None else buckets) if bucket not in self._compiled]
         for bucket in wanted:
             self.prefetch(bucket)
+        if self._swap is not None:
+            self._swap.prefetch(self._pool)
         for bucket in tqdm(wanted, desc="Compiling steps", unit="bucket", leave=False, disable=None if progress else True):
             self._compiled_step(bucket)
+        if self._swap is not None:
+            self._swap.warmup()
+
+    def measure_swap(self) -> tuple[int, float] | None:
+        """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""
+        if self._swap is None:
+            return None
+        self._pages, count, seconds = self._swap.measure(self._pages)
+        return count, seconds
 
     def prefetch(self, bucket: Bucket) -> None:
         """Starts compiling a bucket's step in the background."""
@@ -170,7 +193,7 @@ class ModelRunner:
         if bucket not in self._compiled:
             self.prefetch(bucket)
             self._compiled[bucket] = self._pending.pop(bucket).result()
-            self.num_compilations += 1
+            self._num_steps_compiled += 1
         return self._compiled[bucket]
 
     def _compile(self, bucket: Bucket) -> Any:

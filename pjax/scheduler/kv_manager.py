@@ -9,14 +9,18 @@ from collections.abc import Iterable
 from pjax.scheduler.page_pool import PagePool
 from pjax.scheduler.prefix import page_keys
 from pjax.scheduler.request import Request
+from pjax.scheduler.swap import SwapSpace
 from pjax.scheduler.table import SequenceTable
 
 
 class KVManager:
     """Position `i` of a request is slot `i % page_size` of page `block_tables[row, i // page_size]`."""
 
-    def __init__(self, pool: PagePool, table: SequenceTable, page_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, pool: PagePool, table: SequenceTable, page_size: int, swap: SwapSpace, *, enable_prefix_caching: bool = True
+    ) -> None:
         self.pool = pool
+        self.swap = swap
         self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
         self._table = table
@@ -98,12 +102,29 @@ class KVManager:
         return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(cached) + kept + more)
 
     def start(self, request: Request, cached: list[int]) -> None:
-        """Gives a running request its cached pages; their tokens are computed."""
+        """Gives a running request its cached pages, and behind them what is saved of it; their tokens are computed."""
         self.pool.reuse(cached)
-        self._pages[request] = list(cached)
+        pages = self._pages[request] = list(cached)
         self._num_remembered[request] = len(cached)
-        self._table.block_tables[request.row, : len(cached)] = cached
         request.num_computed = len(cached) * self.page_size
+        num_saved = self.swap.num_tokens(request)
+        if num_saved > request.num_computed:
+            pages += self.pool.allocate(self.num_pages_for(num_saved) - len(cached))
+            self.swap.restore(request, len(cached), pages[len(cached) :])
+            request.num_computed = num_saved
+        else:
+            self.swap.drop(request)
+        self._table.block_tables[request.row, : len(pages)] = pages
+
+    def save(self, request: Request) -> bool:
+        """Has a running request's computed pages copied to host memory before the coming step, if that pays."""
+        num_tokens = min(request.num_computed, request.num_tokens)
+        pages = self._pages[request][: self.num_pages_for(num_tokens)]
+        if request in self._copies:  # promised to this very step, which will not make it: the contents are still in the source
+            source, target = self._copies[request]
+            pages[pages.index(target)] = source
+        num_shared = next((i for i, page_id in enumerate(pages) if self.pool.num_owners(page_id) < 2), len(pages))
+        return self.swap.save(request, pages, num_tokens, num_shared if self.enable_prefix_caching else 0)
 
     def remember(self, request: Request, num_tokens: int) -> None:
         """Lets others find the full pages of positions `[0, num_tokens)`, which the coming step has computed.
@@ -122,6 +143,7 @@ class KVManager:
     def forget(self) -> None:
         """Nobody finds any page any more, nor those that running requests will fill: they stand on pages of the past."""
         self.pool.forget()
+        self.swap.forget()
         self._num_remembered = dict.fromkeys(self._num_remembered, sys.maxsize)
 
     def release(self, request: Request) -> None:

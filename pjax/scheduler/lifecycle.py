@@ -63,12 +63,14 @@ class Lifecycle:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
 
-    def preempt(self, request: Request) -> None:
-        """Frees a running request's pages; all its tokens will be computed again (Kwon et al. 2023, section 4.5).
+    def preempt(self, request: Request, *, save: bool = True) -> None:
+        """Frees a running request's pages; they are saved in host memory or computed again (Kwon et al. 2023, section 4.5).
 
         A beam that has its candidates needs no pages until it is continued.
         """
         self.running.remove(request)
+        if save:
+            self.kv.save(request)
         self._release(request)
         request.status, request.num_computed = RequestStatus.FOLLOWING, 0
         request.metrics.num_preemptions += 1
@@ -111,6 +113,7 @@ class Lifecycle:
                 if request in leader.followers:
                     leader.followers.remove(request)
             self._free_row(request)
+        self.kv.swap.drop(request)
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
         unfinished = self.unfinished[request.request_id]
         unfinished.remove(request)
@@ -153,6 +156,7 @@ class Lifecycle:
             other.status = RequestStatus.FOLLOWING
         other.num_computed, other.num_cached_tokens = 0, request.num_cached_tokens
         other.output_token_ids, other.page_keys = list(request.output_token_ids), list(request.page_keys)
+        self.kv.swap.fork(request, other)
         if request.status is not RequestStatus.RUNNING:
             self._free_row(other)
             return
@@ -199,6 +203,7 @@ class Lifecycle:
         """Proves the invariants; AssertionError with what breaks them."""
         waiting, running = self.waiting.ordered(), list(self.running)
         self.kv.check(running)
+        self.kv.swap.check(one for sequences in self.unfinished.values() for one in sequences if one.status is not RequestStatus.RUNNING)
         rows = [sequence.row for request in running for sequence in (request, *request.followers)]
         assert len(set(rows)) == len(rows) and len(rows) + self.table.num_free_rows == len(self.table.tokens), f"rows {rows}"
         for queue, status in ((waiting, RequestStatus.WAITING), (running, RequestStatus.RUNNING)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +28,17 @@ class StepPlan:
     sample_rows: npt.NDArray[np.int32]  # [m], rows of the sequence table
     sample_sources: npt.NDArray[np.int32]  # [m], rows of the plan
     copies: npt.NDArray[np.int32]  # [c, 2], c <= n: pages to be copied, from and to, one after the other, before anything is written
+    swap_outs: npt.NDArray[np.int32]  # [o, 2]: pages to be copied to host slots, before all else
+    swap_ins: npt.NDArray[np.int32]  # [i, 2]: host slots to be copied to pages, then
 
     @classmethod
-    def make(cls, given: dict[Request, int], copies: list[tuple[int, int]]) -> StepPlan:
+    def make(
+        cls,
+        given: dict[Request, int],
+        copies: Sequence[tuple[int, int]],
+        swap_outs: Sequence[tuple[int, int]] = (),
+        swap_ins: Sequence[tuple[int, int]] = (),
+    ) -> StepPlan:
         """The plan that computes so many of each request's next tokens."""
         requests = sorted(given, key=lambda request: request.rank)
         requests.sort(key=lambda request: given[request] > 1)
@@ -53,6 +62,8 @@ class StepPlan:
             sample_rows=np.array([request.row for request in sampled], np.int32),
             sample_sources=np.array(sources, np.int32),
             copies=np.array(copies, np.int32).reshape(-1, 2),
+            swap_outs=np.array(swap_outs, np.int32).reshape(-1, 2),
+            swap_ins=np.array(swap_ins, np.int32).reshape(-1, 2),
         )
 
     @property

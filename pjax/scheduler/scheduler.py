@@ -31,6 +31,7 @@ from pjax.scheduler.lifecycle import Lifecycle
 from pjax.scheduler.page_pool import PagePool
 from pjax.scheduler.plan import StepPlan
 from pjax.scheduler.request import Request, RequestStatus
+from pjax.scheduler.swap import SwapSpace
 from pjax.scheduler.table import SequenceTable
 
 
@@ -47,6 +48,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         seconds_per_priority: float = 60.0,
+        num_host_slots: int = 0,
+        preemption_mode: str = "auto",
     ) -> None:
         for name, value in (
             ("num_pages", num_pages),
@@ -62,7 +65,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pool = PagePool(num_pages)
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
-        self.kv = KVManager(self.pool, self.table, page_size, enable_prefix_caching=enable_prefix_caching)
+        swap = SwapSpace(num_host_slots, page_size, preemption_mode)
+        self.kv = KVManager(self.pool, self.table, page_size, swap, enable_prefix_caching=enable_prefix_caching)
         self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority)
         self._num_in_flight = 0  # steps planned and not committed
 
@@ -186,7 +190,7 @@ class Scheduler:
 
     def _launch(self, given: dict[Request, int]) -> StepPlan:
         """The plan; from here on its tokens count as computed, and those that it samples as under way."""
-        plan = StepPlan.make(given, self.kv.take_copies())
+        plan = StepPlan.make(given, self.kv.take_copies(), *self.kv.swap.take())
         self._num_in_flight += 1
         for request, count in given.items():
             request.num_computed += count
@@ -226,8 +230,9 @@ class Scheduler:
             for sequence in sequences:
                 sequence.num_in_flight = 0
         for request in reversed(list(self.sequences.running)):
-            self.sequences.preempt(request)
+            self.sequences.preempt(request, save=False)
         self.pool.forget()
+        self.kv.swap.forget()
 
     def commit(self, plan: StepPlan, sampled: Sequence[int] | np.ndarray, now: float, top: Candidates | None = None) -> list[Request]:
         """Takes the result of the oldest step under way: appends the sampled tokens, ends what is done.

@@ -16,7 +16,8 @@ SIZES: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 6, "max_num_batche
 
 
 @pytest.mark.slow
-def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path, mode: str) -> None:
     folder = write_model(tmp_path)
     rng = np.random.default_rng(11)
     shared = rng.integers(0, VOCAB, 40).tolist()
@@ -27,12 +28,14 @@ def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path) -> Non
     beams = BeamSearchParams(beam_width=3, max_tokens=10)
     expected_beams = [output.sequences for output in alone.beam_search(prompts[:6], beams)]
 
-    llm = LLM(folder, **SIZES, num_pages=7)
+    llm = LLM(folder, **SIZES, num_pages=7, preemption_mode=mode)
     engine, warm = llm.engine, llm.engine.runner.num_compilations
     names: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
         names[engine.add_request(prompt, greedy)] = index
-        engine.add_request(prompt, SamplingParams(n=3, max_tokens=20, seed=index, ignore_eos=True), f"samples {index}")
+        engine.add_request(
+            prompt, SamplingParams(n=3, max_tokens=20, seed=index, ignore_eos=True), f"samples {index}", priority=index % 3 - 1
+        )
         if index < 6:
             engine.add_request(prompt, beams, f"beams {index}")
         if index % 5 == 0:
@@ -61,5 +64,8 @@ def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path) -> Non
     for index, sequences in enumerate(expected_beams):
         assert [prompts[index] + one.token_ids for one in done[f"beams {index}"].outputs] == [one.tokens for one in sequences]
     assert copies > 20 and preemptions > 0 and cached > 200, (copies, preemptions, cached)
+    swap = engine.scheduler.kv.swap
+    assert (swap.num_restored_pages > 20) == (mode == "swap"), swap.num_restored_pages
+    assert swap.pool is None or swap.pool.num_used == 0
     assert engine.runner.num_compilations == warm
     assert engine.scheduler.pool.num_used == 0

@@ -71,6 +71,7 @@ class FakeDevice:
         self.scheduler = scheduler
         self.pages = np.full((num_pages, page_size), POISON)
         self.tokens = np.full(scheduler.table.tokens.shape, POISON)
+        self.host = np.full((100, page_size), POISON)
 
     def forget(self) -> None:
         """Spoils the pages that nobody owns or may find."""
@@ -79,9 +80,21 @@ class FakeDevice:
             if pool.num_owners(page_id) == 0 and pool._keys[page_id] is None:
                 self.pages[page_id] = POISON
 
+    def swap(self, outs: list[Any], ins: list[Any]) -> None:
+        """Copies to the host and back; slots that nobody owns or may find are spoiled."""
+        for page_id, slot in outs:
+            self.host[slot] = self.pages[page_id]
+        for slot, page_id in ins:
+            self.pages[page_id] = self.host[slot]
+        slots = self.scheduler.kv.swap.pool
+        for slot in range(slots.num_pages if slots else 0):
+            if slots and slots.num_owners(slot) == 0 and slots._keys[slot] is None:
+                self.host[slot] = POISON
+
     def run(self, plan: StepPlan) -> list[int]:
         """What the last slot of each of `plan.sampled` holds."""
         pool, tables = self.scheduler.pool, self.scheduler.table.block_tables
+        self.swap(plan.swap_outs.tolist(), plan.swap_ins.tolist())
         for source, target in plan.copies.tolist():
             assert pool.num_owners(target) == 1
             self.pages[target] = self.pages[source]
@@ -128,9 +141,10 @@ class SharingMachine(RuleBasedStateMachine):
     @initialize(
         sizes=st.tuples(st.integers(2, 14), st.integers(1, 4), st.integers(4, 32), st.integers(1, 5), st.integers(0, 9)),
         caching=st.booleans() | st.just(True),
+        swap=st.sampled_from([("auto", 0), ("recompute", 8), ("swap", 3), ("swap", 30), ("swap", 100), ("auto", 30)]),
         ahead=st.sampled_from([0, 1, 1]),
     )
-    def start(self, sizes: tuple[int, ...], caching: bool, ahead: int) -> None:
+    def start(self, sizes: tuple[int, ...], caching: bool, swap: tuple[str, int], ahead: int) -> None:
         self.num_pages, self.page_size, self.length, self.rows, more = sizes
         self.scheduler = Scheduler(
             num_pages=self.num_pages,
@@ -139,7 +153,13 @@ class SharingMachine(RuleBasedStateMachine):
             max_num_seqs=self.rows,
             max_num_batched_tokens=self.rows + more,
             enable_prefix_caching=caching,
+            seconds_per_priority=2.0,
+            preemption_mode=swap[0],
+            num_host_slots=swap[1],
         )
+        self.scheduler.kv.swap.cost.observe_step(1, 1, 1.0)
+        self.scheduler.kv.swap.cost.observe_copy(1, 1.5)
+        self.now = 0.0
         self.device = FakeDevice(self.scheduler, self.num_pages, self.page_size)
         self.ahead = ahead
         self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
@@ -162,8 +182,21 @@ class SharingMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 2, 3, 6]),
         width=st.sampled_from([0, 0, 2, 3]),
         salt=st.sampled_from([None, None, "a"]),
+        priority=st.integers(-2, 2),
+        timeout=st.none() | st.none() | st.integers(1, 30),
     )
-    def add(self, base: int, keep: int, more: list[int], max_tokens: int, n: int, width: int, salt: str | None) -> None:
+    def add(
+        self,
+        base: int,
+        keep: int,
+        more: list[int],
+        max_tokens: int,
+        n: int,
+        width: int,
+        salt: str | None,
+        priority: int,
+        timeout: int | None,
+    ) -> None:
         most = min(self.length - 1, self.num_pages * self.page_size)
         prompt = ([1 + (base * 3 + i * (base + 1)) % (VOCAB - 1) for i in range(keep)] + [*more, 1])[:most]
         max_tokens = min(max_tokens, most + 1 - len(prompt))
@@ -179,7 +212,9 @@ class SharingMachine(RuleBasedStateMachine):
             "stop_token_ids": frozenset(),
             "eos_token_ids": eos,
             "seed": 0,
-            "metrics": RequestMetrics(arrival_time=0.0),
+            "metrics": RequestMetrics(arrival_time=self.now),
+            "priority": priority,
+            "deadline": None if timeout is None else self.now + timeout,
             "cache_salt": salt,
             "beam": search,
         }
@@ -210,8 +245,25 @@ class SharingMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     def preempt(self, index: int) -> None:
         running = self.sequences(RequestStatus.RUNNING)
+        before = self.scheduler.kv.swap.num_saved_pages
         self.scheduler.sequences.preempt(running[index % len(running)])
+        SharingMachine.seen["saved"] += self.scheduler.kv.swap.num_saved_pages - before
+        self.device.swap(*self.scheduler.kv.swap.take())
         self.count("preempt")
+
+    @precondition(lambda self: self.groups)
+    @rule(seconds=st.integers(1, 5))
+    def time_passes(self, seconds: int) -> None:
+        """Deadlines come."""
+        self.now += seconds
+        expired = self.scheduler.expire(self.now)
+        for group in list(self.groups):
+            if group[0].request_id in expired:
+                assert all(request.status is RequestStatus.FINISHED and request.row == -1 for request in group)
+                assert {r.finish_reason for r in group} <= {"timeout", "stop", "length"}
+                self.groups.remove(group)
+                self.count("timeout")
+        assert all(group[0].deadline is None or group[0].deadline > self.now for group in self.groups)
 
     @precondition(lambda self: self.groups)
     @rule(share=st.floats(0, 1))
@@ -270,7 +322,12 @@ class SharingMachine(RuleBasedStateMachine):
 
     def plan(self) -> bool:
         self.device.forget()
-        plan = self.scheduler.schedule()
+        swap = self.scheduler.kv.swap
+        saved, restored = swap.num_saved_pages, swap.num_restored_pages
+        plan = self.scheduler.schedule(self.now)
+        assert plan is None or len(plan.swap_outs) == swap.num_saved_pages - saved
+        SharingMachine.seen["saved"] += swap.num_saved_pages - saved
+        SharingMachine.seen["restored"] += swap.num_restored_pages - restored
         self.consistent()
         if plan is None:
             return False
@@ -301,6 +358,8 @@ class SharingMachine(RuleBasedStateMachine):
             self.step()
             left -= 1
             assert left, "no end"
+        slots = self.scheduler.kv.swap.pool
+        assert slots is None or slots.num_used == 0
         assert self.scheduler.pool.num_used == 0 and self.scheduler.table.num_free_rows == self.rows
 
 
@@ -313,5 +372,21 @@ TestSharing.settings = settings(
 def test_the_machine_has_done_enough() -> None:
     """Runs after it, in this file's order."""
     assert SharingMachine.num_operations >= 10_000, SharingMachine.seen
-    for name in ("add", "samples", "beam search", "search done", "abort", "stop", "preempt", "evict", "failure", "copy", "cached", "ahead"):
+    for name in (
+        "add",
+        "samples",
+        "beam search",
+        "search done",
+        "abort",
+        "stop",
+        "preempt",
+        "evict",
+        "failure",
+        "copy",
+        "cached",
+        "timeout",
+        "saved",
+        "restored",
+        "ahead",
+    ):
         assert SharingMachine.seen[name] >= 10, (name, SharingMachine.seen)
