@@ -1,11 +1,15 @@
-"""What the host spends on a step: schedule, pack and commit, without a device. Reported in milliseconds, medians."""
+"""What the host spends on a step: schedule, pack and commit, without a device.
+
+Milliseconds of CPU time, which a busy machine disturbs less than the clock, of a batch that is full; the median and the best of
+many steps. Decode alone, and with a prompt taken in and a
+request ended every few steps. Each size also with many requests waiting.
+"""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,6 +17,8 @@ from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.runner.batch import SamplingTable, find_bucket, make_buckets, pack
 from pjax.scheduler import Request, Scheduler
+
+Times = tuple[float, float, float]
 
 
 def make_request(number: int, rng: np.random.Generator, max_tokens: int) -> Request:
@@ -29,42 +35,51 @@ def make_request(number: int, rng: np.random.Generator, max_tokens: int) -> Requ
     )
 
 
-def main() -> None:
-    """Times decode steps of a full batch, and steps that also take prompts in."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=400)
-    args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    count = args.sequences
-    scheduler = Scheduler(
-        num_pages=count * 64, page_size=16, max_model_len=2048, max_num_seqs=count, max_num_batched_tokens=max(512, count)
-    )
-    buckets, sampling = make_buckets(count, max(512, count)), SamplingTable(count)
-    for number in range(2 * count):
-        scheduler.add(make_request(number, rng, max_tokens=args.steps // 2))
-    parts: dict[str, list[tuple[float, float, float]]] = {"decode": [], "mixed": []}
-    for _ in range(args.steps):
-        times = [time.perf_counter()]
+def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator) -> Iterator[tuple[str, Times]]:
+    """Steps of a full batch: whether it decodes alone, and what schedule, pack and commit took, in milliseconds."""
+    budget = max(512, 2 * count)
+    scheduler = Scheduler(num_pages=count * 64, page_size=16, max_model_len=2048, max_num_seqs=count, max_num_batched_tokens=budget)
+    buckets, sampling = make_buckets(count, budget), SamplingTable(count)
+    for number in range(count + waiting + num_steps):
+        scheduler.add(make_request(number, rng, max_tokens=int(rng.integers(200, 700))))
+    left = num_steps
+    while left:
+        times = [time.thread_time()]
         plan = scheduler.schedule()
-        times.append(time.perf_counter())
-        if plan is None:
-            break
+        times.append(time.thread_time())
+        assert plan is not None
         for request in plan.sampled:
             sampling.set(request.row, request, request.params, request.seed)
-        bucket = find_bucket(buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
+        bucket = find_bucket(buckets, plan.num_tokens, max(len(plan.rows), len(plan.sampled)), plan.num_decode == len(plan.rows))
         pack(plan, scheduler.table.tokens, scheduler.table.block_tables, sampling, bucket)
-        times.append(time.perf_counter())
+        times.append(time.thread_time())
         scheduler.commit(plan, rng.integers(1, 30000, len(plan.sampled)), 0.0)
-        times.append(time.perf_counter())
-        if len(plan.rows) == count:
-            kind = "decode" if bucket.decode_only else "mixed"
-            parts[kind].append(tuple(1e3 * (b - a) for a, b in itertools.pairwise(times)))  # type: ignore[arg-type]
-    for kind, rows in parts.items():
-        if rows:
-            schedule, packing, commit = (statistics.median(column) for column in zip(*rows))
-            print(f"{kind:<7} {count} rows, {len(rows):4d} steps: schedule {schedule:.3f} ms + pack {packing:.3f} ms = "
-                  f"{schedule + packing:.3f} ms; commit {commit:.3f} ms")  # fmt: skip
+        times.append(time.thread_time())
+        if plan.num_decode >= count - 8 and scheduler.num_running >= count - 8:
+            schedule, packing, commit = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
+            yield ("decode" if bucket.decode_only else "mixed"), (schedule, packing, commit)
+            left -= 1
+
+
+def main() -> None:
+    """Prints a line for each size, number of waiting requests and kind of step."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--waiting", type=int, nargs="+", default=[0, 10_000])
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    print("running waiting kind   steps   schedule  pack    both (best)      commit")
+    for count in args.sequences:
+        for waiting in args.waiting:
+            kinds: dict[str, list[Times]] = {}
+            for kind, times in steps(count, waiting, args.steps, np.random.default_rng(0)):
+                kinds.setdefault(kind, []).append(times)
+            for kind, rows in sorted(kinds.items()):
+                table = np.array(rows)
+                both = table[:, 0] + table[:, 1]
+                schedule, packing, commit = np.median(table, axis=0)
+                print(f"{count:7d} {waiting:7d} {kind:<7}{len(rows):5d} {schedule:9.3f} {packing:7.3f} "
+                      f"{np.median(both):7.3f} ({both.min():.3f}) {commit:9.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

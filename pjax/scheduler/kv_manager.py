@@ -44,10 +44,10 @@ class KVManager:
         """
         pages = self._pages[request]
         index, offset = divmod(request.num_computed, self.page_size)
+        if num_tokens <= len(pages) * self.page_size and (offset == 0 or self.pool.num_owners(pages[index]) == 1):
+            return True  # nearly always
         copies = offset > 0 and self.pool.num_owners(pages[index]) > 1
-        missing = -(-num_tokens // self.page_size) - len(pages)
-        if missing <= 0 and not copies:
-            return True
+        missing = max(-(-num_tokens // self.page_size) - len(pages), 0)
         if not self.pool.can_allocate(missing + copies):
             return False
         new = self.pool.allocate(missing + copies)

@@ -69,12 +69,14 @@ class PagePool:
     def free(self, page_ids: Iterable[int]) -> None:
         """One owner less for each page; the last one's leave frees it. ValueError, and nothing changed, when one has too few."""
         page_ids = list(page_ids)
-        for page_id, count in Counter(page_ids).items():
-            self._require_owners(page_id, count)
+        counts, keys = self._counts, self._keys
+        if len(set(page_ids)) < len(page_ids) or any(not 0 <= p < self.num_pages or counts[p] < 1 for p in page_ids):
+            for page_id, count in Counter(page_ids).items():
+                self._require_owners(page_id, count)
         for page_id in page_ids:
-            self._counts[page_id] -= 1
-            if self._counts[page_id] == 0:
-                if self._keys[page_id] is None:
+            counts[page_id] -= 1
+            if counts[page_id] == 0:
+                if keys[page_id] is None:
                     self._free.append(page_id)
                 else:
                     self._kept[page_id] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -40,13 +41,15 @@ class StepPlan:
         swap_ins: Sequence[tuple[int, int]] = (),
     ) -> StepPlan:
         """The plan that computes so many of each request's next tokens."""
-        requests = sorted(given, key=lambda request: request.rank)
-        requests.sort(key=lambda request: given[request] > 1)
-        counts = np.array([given[request] for request in requests], np.int32)
+        ordered = sorted(given, key=attrgetter("rank"))  # nearly in order already
+        requests = [request for request in ordered if given[request] == 1]
+        num_decode = len(requests)
+        requests += [request for request in ordered if given[request] > 1]
+        counts = [given[request] for request in requests]
         sampled: list[Request] = []
         sources: list[int] = []
-        for index, request in enumerate(requests):
-            if request.num_computed + given[request] == request.num_planned:
+        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            if request.num_computed + count == request.num_planned:
                 sampled.append(request)
                 sources.append(index)
                 if request.followers and request.beam is None:
@@ -56,8 +59,8 @@ class StepPlan:
             requests=requests,
             rows=np.array([request.row for request in requests], np.int32),
             starts=np.array([request.num_computed for request in requests], np.int32),
-            counts=counts,
-            num_decode=int((counts == 1).sum()),
+            counts=np.array(counts, np.int32),
+            num_decode=num_decode,
             sampled=sampled,
             sample_rows=np.array([request.row for request in sampled], np.int32),
             sample_sources=np.array(sources, np.int32),

@@ -18,6 +18,7 @@ class SequenceTable:
         self.tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._is_free = bytearray(b"\1" * max_num_seqs)
 
     @property
     def num_free_rows(self) -> int:
@@ -26,10 +27,13 @@ class SequenceTable:
 
     def allocate_row(self) -> int:
         """The lowest row freed last; IndexError when there is none."""
-        return self._free.pop()
+        row = self._free.pop()
+        self._is_free[row] = False
+        return row
 
     def free_row(self, row: int) -> None:
         """Gives a row back."""
-        if row in self._free:
+        if self._is_free[row]:
             raise ValueError(f"row {row} is free already")
+        self._is_free[row] = True
         self._free.append(row)
