@@ -8,6 +8,7 @@ request ended every few steps. Each size also with many requests waiting.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -56,7 +57,7 @@ def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator) ->
         scheduler.commit(plan, rng.integers(1, 30000, len(plan.sampled)), 0.0)
         times.append(time.thread_time())
         if plan.num_decode >= count - 8 and scheduler.num_running >= count - 8:
-            schedule, packing, commit = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
+            schedule, packing, commit = (1e3 * (b - a) for a, b in itertools.pairwise(times))
             yield ("decode" if bucket.decode_only else "mixed"), (schedule, packing, commit)
             left -= 1
 

@@ -274,7 +274,8 @@ class LLMEngine:
         host does not know yet. A sequence that turns out to have ended computes one row for nothing.
         """
         if expired := self.scheduler.expire(time.monotonic()):
-            return [self._views.output(request_id) for request_id in expired]  # at once, whatever becomes of the next step
+            ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
+            return ready + [self._views.output(request_id) for request_id in expired]
         try:
             while len(self._in_flight) < 1 + self.config.async_scheduling and (plan := self.scheduler.schedule()) is not None:
                 self._wait_for_weights()
@@ -304,10 +305,11 @@ class LLMEngine:
             self._count(request)
             changed[request.request_id] = None
         self._counters.num_steps += 1
-        self.scheduler.kv.swap.cost.observe_step(int(plan.counts[plan.num_decode :].sum()), plan.num_tokens, now - started)
+        seconds = now - max(step.started, self._last_end)
+        prefill = int(plan.counts[plan.num_decode :].sum())
+        self.scheduler.kv.swap.cost.observe_step(prefill, plan.num_tokens, seconds)
         if self.on_step is not None:
-            prefill = int(plan.counts[plan.num_decode :].sum())
-            self.on_step(StepStats(now - max(step.started, self._last_end), prefill, plan.num_decode, len(plan.rows)))
+            self.on_step(StepStats(seconds, prefill, plan.num_decode, len(plan.rows)))
         self._last_end = now
         return [self._views.output(request_id) for request_id in changed]
 
