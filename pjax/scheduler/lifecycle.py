@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pjax.scheduler.beam import BeamSearch, Candidates
 from pjax.scheduler.kv_manager import KVManager
+from pjax.scheduler.plan import StepPlan
 from pjax.scheduler.queues import RemovableHeap, RunningQueue, WaitingQueue
 from pjax.scheduler.request import Request, RequestStatus
 from pjax.scheduler.table import UNKNOWN, SequenceTable
@@ -84,15 +85,17 @@ class Lifecycle:
 
     def append(self, request: Request, token: int) -> None:
         """Gives a sequence its next token."""
-        if request.row >= 0 and request.num_tokens < self.table.tokens.shape[1]:
-            self.table.tokens[request.row, request.num_tokens] = token
+        if request.row >= 0:
+            place = request.num_tokens
+            if place < self.table.max_model_len:
+                self.table.tokens[request.row, place] = token
         request.output_token_ids.append(token)
 
-    def expect(self, request: Request) -> None:
-        """A step under way samples the sequence's next token."""
-        if request.beam is None:
-            self.table.tokens[request.row, request.num_tokens] = UNKNOWN
-        request.num_in_flight += 1
+    def expect(self, plan: StepPlan) -> None:
+        """The tokens that a plan samples are under way; a beam's next one is not among them, but is written before it is read."""
+        self.table.tokens[plan.sample_rows, (plan.starts + plan.counts)[plan.sample_sources]] = UNKNOWN
+        for request in plan.sampled:
+            request.num_in_flight += 1
 
     def take_candidates(self, request: Request, candidates: Candidates) -> None:
         """A beam has caught up. If it was preempted since it needs no pages until it is continued."""

@@ -77,7 +77,8 @@ class Request:
     @property
     def num_planned(self) -> int:
         """Tokens once the steps under way have ended; which ones a beam goes on with is chosen on the host."""
-        return self.num_tokens + (self.num_in_flight if self.beam is None else 0)
+        known = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return known + self.num_in_flight if self.beam is None else known
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Tokens `[start, end)` of prompt and output together."""

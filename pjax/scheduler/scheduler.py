@@ -150,9 +150,12 @@ class Scheduler:
         """
         budget, running = self.max_num_batched_tokens, self.sequences.running
         given: dict[Request, int] = {}
-        behind = [(request, self._num_behind(request)) for request in running]
-        decode = [item for item in behind if item[1] == 1]
-        prefill = [item for item in behind if item[1] > 1]
+        decode: list[tuple[Request, int]] = []
+        prefill: list[tuple[Request, int]] = []
+        for request in running:
+            count = self._num_behind(request)
+            if count > 0:
+                (decode if count == 1 else prefill).append((request, count))
         preempted = False
         for request, count in decode + prefill:
             if budget == 0:
@@ -182,11 +185,12 @@ class Scheduler:
 
     def _num_behind(self, request: Request) -> int:
         """Tokens to compute next: none of a beam that waits to be continued, or where the token under way is the last one."""
-        if request.num_in_flight:
-            num_output = len(request.output_token_ids) + request.num_in_flight
-            if num_output >= request.max_tokens or request.num_planned >= self.max_model_len:
-                return 0
-        return request.num_planned - request.num_computed
+        planned = request.num_planned
+        if request.num_in_flight and (
+            planned >= self.max_model_len or len(request.output_token_ids) + request.num_in_flight >= request.max_tokens
+        ):
+            return 0
+        return planned - request.num_computed
 
     def _launch(self, given: dict[Request, int]) -> StepPlan:
         """The plan; from here on its tokens count as computed, and those that it samples as under way."""
@@ -195,10 +199,9 @@ class Scheduler:
         for request, count in given.items():
             request.num_computed += count
         for request in plan.sampled:
-            if request.beam is None:
+            if request.followers and request.beam is None:
                 self.sequences.fork_followers(request)
-        for request in plan.sampled:
-            self.sequences.expect(request)
+        self.sequences.expect(plan)
         return plan
 
     def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:

@@ -15,6 +15,7 @@ class SequenceTable:
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+        self.max_model_len = max_model_len
         self.tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.block_tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
