@@ -41,7 +41,11 @@ class PageSwap:
         self._out = jax.jit(self._gather)
         self._in = jax.jit(self._scatter, donate_argnums=0, out_shardings=pool_format)
         self._compiled: dict[int, Future[tuple[Any, Any]]] = {}
-        self.num_compilations = 0
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return 2 * sum(compiled.done() for compiled in self._compiled.values())
 
     def _gather(self, pages: jax.Array, page_ids: jax.Array) -> jax.Array:
         """Pages [n, L, G, W] of the pool [L·P, G, W]."""
@@ -69,7 +73,6 @@ class PageSwap:
         data = jax.ShapeDtypeStruct((size, *self._page_shape), self._pool_struct.dtype)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         copies = self._out.lower(self._pool_struct, ids).compile(), self._in.lower(self._pool_struct, ids, data, count).compile()
-        self.num_compilations += 2
         return copies
 
     def _copies(self, size: int) -> tuple[Any, Any]:
