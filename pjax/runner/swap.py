@@ -72,8 +72,7 @@ class PageSwap:
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
         data = jax.ShapeDtypeStruct((size, *self._page_shape), self._pool_struct.dtype)
         count = jax.ShapeDtypeStruct((), jnp.int32)
-        copies = self._out.lower(self._pool_struct, ids).compile(), self._in.lower(self._pool_struct, ids, data, count).compile()
-        return copies
+        return self._out.lower(self._pool_struct, ids).compile(), self._in.lower(self._pool_struct, ids, data, count).compile()
 
     def _copies(self, size: int) -> tuple[Any, Any]:
         if size not in self._compiled:
