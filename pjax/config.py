@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pjax.errors import ConfigError
 
@@ -21,10 +21,10 @@ class EngineConfig:
     """Of parameters and activations. auto is the checkpoint's on accelerators and float32 on CPUs."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together; the model's own limit by default."""
-    max_num_seqs: int = 64
-    """Most sequences in one step."""
-    max_num_batched_tokens: int = 512
-    """Most tokens in one step; longer prompts are computed in chunks."""
+    max_num_seqs: int | None = None
+    """Most sequences in one step; 64 on a CPU, 256 on accelerators."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step, longer prompts are computed in chunks; 512 on a CPU, 2,048 on accelerators, no less than max_num_seqs."""
     page_size: int = 16
     """Tokens of one page."""
     kv_cache_memory: int | None = None
@@ -87,10 +87,22 @@ class EngineConfig:
             raise ConfigError(f"memory_share is {self.memory_share!r}, but must be in (0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}, but must be an integer in [0, 2**63)")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be >= max_num_seqs {self.max_num_seqs}")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ConfigError(f"num_pages ({self.num_pages}) and kv_cache_memory ({self.kv_cache_memory}) can't both be given")
+
+    def for_platform(self, platform: str) -> EngineConfig:
+        """With the sizes of a step that suit "cpu", "gpu" or "tpu", where they are not given."""
+        num_seqs, num_tokens = (64, 512) if platform == "cpu" else (256, 2048)
+        tokens = self.max_num_batched_tokens or max(num_tokens, self.max_num_seqs or 0)
+        return replace(self, max_num_seqs=self.max_num_seqs or min(num_seqs, tokens), max_num_batched_tokens=tokens)
+
+    @property
+    def step_sizes(self) -> tuple[int, int]:
+        """(max_num_seqs, max_num_batched_tokens), once `for_platform` has chosen them."""
+        assert self.max_num_seqs is not None and self.max_num_batched_tokens is not None, "for_platform was not asked"
+        return self.max_num_seqs, self.max_num_batched_tokens
 
 
 def _is_number(value: object) -> bool:

@@ -32,7 +32,7 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
         return config.kv_cache_memory // one
     share = config.memory_share * (CPU_SHARE if jax.default_backend() == "cpu" else 1)
     free = max(_free_bytes() - weight_bytes, 0) * share
-    useful = -(-max_model_len // config.page_size) * config.max_num_seqs
+    useful = -(-max_model_len // config.page_size) * config.step_sizes[0]
     fits = int(free // one)
     if fits < 1:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")

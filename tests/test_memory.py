@@ -16,7 +16,7 @@ PAGE = 2 * 2 * 16 * 3 * 64 * 4  # bytes: keys and values, layers, tokens, heads,
 def pages(monkeypatch: pytest.MonkeyPatch, free: float, *, weight_bytes: int = 0, **fields: object) -> int:
     monkeypatch.setattr(memory, "_free_bytes", lambda: free)
     monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
-    return memory.choose_num_pages(EngineConfig(**fields), MODEL, "float32", 1024, weight_bytes=weight_bytes)
+    return memory.choose_num_pages(EngineConfig(**fields).for_platform("cpu"), MODEL, "float32", 1024, weight_bytes=weight_bytes)
 
 
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,17 @@ def test_a_little_more_or_less_free_memory_gives_the_same_pool(monkeypatch: pyte
 def test_the_log_line_says_what_fits() -> None:
     line = memory.describe_pool(100, 16, 512)
     assert line == "page pool: 100 pages of 16 = 1600 tokens, 3.1 requests of 512 tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "platform", "sizes"),
+    [
+        ({}, "cpu", (64, 512)),
+        ({}, "tpu", (256, 2048)),
+        ({"max_num_seqs": 700}, "cpu", (700, 700)),
+        ({"max_num_batched_tokens": 32}, "gpu", (32, 32)),
+        ({"max_num_seqs": 3}, "gpu", (3, 2048)),
+    ],
+)
+def test_the_sizes_of_a_step_suit_the_device(fields: dict[str, int], platform: str, sizes: tuple[int, int]) -> None:
+    assert EngineConfig(**fields).for_platform(platform).step_sizes == sizes

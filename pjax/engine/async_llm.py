@@ -235,7 +235,9 @@ class AsyncLLM:
         self._num_failures = 0
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
         for output in outputs:
-            stream = self._streams.pop(output.request_id) if output.finished else self._streams[output.request_id]
+            stream = self._streams.pop(output.request_id, None) if output.finished else self._streams.get(output.request_id)
+            if stream is None:
+                continue  # it ended between two steps, and was dropped before this one
             by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, news in by_loop.items():
             if not _tell(loop, partial(_put_all, news)):

@@ -72,9 +72,10 @@ class LLMEngine:
         skip_tokenizer_init: bool = False,
         progress: bool = True,
     ) -> None:
-        self.config = config = config or EngineConfig()
+        config = config or EngineConfig()
         use_compilation_cache(config.compilation_cache_dir)
         platform = jax.default_backend()
+        self.config = config = config.for_platform(platform)
         source, layer_mode = _open(model, config, platform)
         if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
             raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
@@ -91,7 +92,7 @@ class LLMEngine:
             vocab_size=source.config.vocab_size,
             eos_token_ids=frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ()),
             max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=config.step_sizes[0],
             seed=config.seed,
         )
         self._views = Views(self.tokenizer)
@@ -122,8 +123,8 @@ class LLMEngine:
             "num_pages": num_pages,
             "page_size": config.page_size,
             "max_model_len": self.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_num_seqs": config.step_sizes[0],
+            "max_num_batched_tokens": config.step_sizes[1],
             "num_host_slots": choose_num_slots(config, num_pages, one_page),
         }
         scheduler = Scheduler(
@@ -168,8 +169,8 @@ class LLMEngine:
     def prefetch(self) -> None:
         """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""
         lengths = self.scheduler.waiting_lengths()
-        budget, total = self.config.max_num_batched_tokens, sum(lengths)
-        rows = min(self.scheduler.num_waiting_sequences, self.config.max_num_seqs)
+        (most, budget), total = self.config.step_sizes, sum(lengths)
+        rows = min(self.scheduler.num_waiting_sequences, most)
         chunks = {budget, total % budget} if total > budget else {total}
         if any(length > 1 for length in lengths):
             for chunk in sorted(chunks - {0}):
@@ -237,6 +238,7 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request, frees all it has, and returns what there is of it; None when there is none of that id."""
+        self._ready = [output for output in self._ready if output.finished or output.request_id != request_id]
         return self._views.output(request_id) if self.scheduler.abort(request_id) else None
 
     @property
