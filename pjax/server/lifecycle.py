@@ -45,7 +45,7 @@ def serve_llm(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> i
             llm.engine.tokenizer.chat_template = config.chat_template
         app = create_app(llm, config)
         AppStatus.enable_automatic_graceful_drain = False  # or else every stream ends at once on SIGTERM
-        server = Server(_uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
+        server = Server(uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
         scheme = "https" if config.ssl_certfile else "http"
         log.info("serving %s at %s://%s:%d", config.model_names[0], scheme, config.host, listener.getsockname()[1])
         server.run(sockets=[listener])
@@ -84,7 +84,8 @@ def _template(value: str) -> str:
         raise ConfigError(f"chat_template is {value!r}, but that file can't be read: {error}") from error
 
 
-def _uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
+def uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's settings; the log of requests is ours."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         log_config=None,

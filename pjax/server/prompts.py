@@ -77,6 +77,14 @@ class Prompts:
             raise invalid("continue_final_message", "the chat template does not show the final message's content, so it can't be continued")
         return text[: at + len(final)]
 
+    def truncate(self, ids: list[int], limit: int | None, max_tokens: int | None) -> list[int]:
+        """The last `limit` tokens; with -1 as many as leave room for the answer."""
+        if limit is None:
+            return ids
+        if limit == 0:
+            raise invalid("truncate_prompt_tokens", "truncate_prompt_tokens is 0, but must be >= 1, or -1 for what fits")
+        return ids[-(limit if limit > 0 else max(self.max_model_len - (max_tokens or 1), 1)) :]
+
     def check(self, ids: Sequence[int], max_tokens: int | None, param: str) -> None:
         """ApiError 400 when a prompt, or with it the tokens that were asked for, can't fit the model."""
         length = len(ids)

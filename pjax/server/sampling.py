@@ -76,6 +76,8 @@ def _check_limits(body: Sampling, config: ServerConfig) -> None:
         for text in (value,) if isinstance(value, str) else value:
             if len(text) > config.max_stop_length:
                 raise invalid(name, f"{name} has a text of {len(text)} characters, but they must be <= {config.max_stop_length}")
+    if body.stream and body.best_of not in (None, body.n):
+        raise invalid("best_of", f"best_of is {body.best_of}, but must be n, which is {body.n}, in a stream: the best are known at the end")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "stream_options is given, but stream is not set")
 

@@ -60,7 +60,7 @@ class Sampling(Strict):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: Literal[True] = True
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    truncate_prompt_tokens: int | None = Field(None, ge=1, lt=2**31)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31)
     return_token_ids: bool | None = None
     use_beam_search: bool = False
     length_penalty: float | None = None
@@ -182,6 +182,21 @@ class TokenizeChat(Conversation):
 
     model: str | None = None
     return_token_strs: bool | None = False
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer other than 200, as OpenAI gives it."""
+
+    error: ErrorDetail
 
 
 class DetokenizeRequest(Strict):

@@ -21,7 +21,7 @@ from pjax.engine import EngineStats
 from pjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pjax.server import ServerConfig
 from pjax.server.app import create_app
-from pjax.server.lifecycle import Server, _uvicorn_config, bind
+from pjax.server.lifecycle import Server, bind, uvicorn_config
 from pjax.text.tokenizer import load_folder_tokenizer
 from tests.tiny import write_tokenizer
 
@@ -59,7 +59,7 @@ def start(llm: Any, model: Path | str = MODEL, **settings: Any) -> Iterator[Runn
     config = ServerConfig(model=str(model), **{"served_model_name": MODEL, "port": 0} | settings)
     listener = bind(config.host, config.port)
     app = create_app(llm, config)
-    server = Server(_uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
+    server = Server(uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     port = listener.getsockname()[1]

@@ -138,6 +138,8 @@ def test_a_prompt_is_truncated_at_its_left(post: Any) -> None:
     cut = post(PATH, prompt="abcdefgh", truncate_prompt_tokens=3, **body)["choices"][0]
     whole = post(PATH, prompt="fgh", **body)["choices"][0]
     assert cut == whole
+    fits = post(PATH, prompt="b" * 200, truncate_prompt_tokens=-1, **body)
+    assert fits["usage"]["total_tokens"] == 128 and fits["choices"][0]["prompt_token_ids"] == [65] * 125
 
 
 def test_a_salt_keeps_prefixes_apart(post: Any) -> None:

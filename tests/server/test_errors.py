@@ -70,6 +70,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"length_penalty": 1.0}, "length_penalty"),
+    ({"stream": True, "best_of": 2}, "best_of"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"use_beam_search": True, "stream": True}, "stream"),
     ({"use_beam_search": True, "top_p": 0.5}, "top_p"),
     ({"use_beam_search": True, "logprobs": 1}, "logprobs"),
@@ -128,7 +130,7 @@ def test_a_field_that_the_engine_does_not_know_is_refused_unless_it_changes_noth
 
 def test_every_field_is_passed_on() -> None:
     """A new field of SamplingParams gets a place here, or the server would refuse or drop it."""
-    elsewhere = {"max_tokens", "logprobs", "detokenize", "truncate_prompt_tokens", "output_kind", "spaces_between_special_tokens"}
+    elsewhere = {"max_tokens", "logprobs", "detokenize", "truncate_prompt_tokens", "bad_words_ids", "logits_processors"}
     assert {field.name for field in fields(SamplingParams)} - elsewhere <= set(PASSED)
 
 
