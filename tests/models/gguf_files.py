@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def write_model(path: Path, model: Any, kind: Type = Type.F32, **fields: Any) ->
         rounded = dequantize(stored, used)
         tensor.copy_(tensor.new_tensor(rounded.T if is_conv1d else rounded))
         writer.add_tensor(new, np.ascontiguousarray(_reorder(stored, name, config)), raw_dtype=used)
+    if config.model_type == "llama" and config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", np.array(_llama3_factors(config), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,6 +103,23 @@ def _reorder(rows: np.ndarray, name: str, config: Any) -> np.ndarray:
         heads = rows.reshape(config.num_attention_heads, 3, -1, *rest)
         return np.concatenate([heads[:, part].reshape(-1, *rest) for part in range(3)])
     return rows
+
+
+def _llama3_factors(config: Any) -> list[float]:
+    """By wavelength, as llama.cpp's LlamaModel has it."""
+    rope = config.rope_parameters
+    low, high, original = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    factors = []
+    for place in range(0, config.head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (place / config.head_dim)
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return factors
 
 
 def _type_of(value: Any) -> gguf.GGUFValueType:

@@ -135,7 +135,7 @@ def test_every_page_size(page_size: int, tmp_path: Path) -> None:
     hf.check_greedy(model, hf.generate(hf.load(tmp_path, page_size=page_size, num_pages=160 // page_size + 2), 12))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_is_near_float32(family: str, tmp_path: Path) -> None:
     """As near as torch's own bfloat16 is, within a factor."""
     model = hf.make(tmp_path, family)

@@ -19,10 +19,16 @@ from tests.models import gguf_files, hf
 from tests.models.test_families import logits_of
 
 WIDE: dict[str, Any] = {"intermediate_size": 64}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", WIDE),
     "llama, tied, biases": ("Llama", WIDE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama, heads of 24": ("Llama", WIDE | {"head_dim": 24, "num_key_value_heads": 1}),
+    "llama 3.1": ("Llama", WIDE | {"head_dim": 64, "rope_parameters": LLAMA3 | {"factor": 8.0}}),
+    "llama 3.2": ("Llama", WIDE | {"head_dim": 128, "rope_parameters": LLAMA3 | {"factor": 32.0}}),
     "qwen2": ("Qwen2", WIDE),
     "qwen2, tied": ("Qwen2", WIDE | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", WIDE | {"head_dim": 16}),
@@ -131,6 +137,18 @@ def test_what_is_not_applied_is_refused(case: str, fields: dict[str, Any], error
     _, path = make(tmp_path, case, **fields)
     with pytest.raises(error, match=r"a\.gguf.*" + message):
         open_model(path, dtype="float32")
+
+
+@pytest.mark.parametrize("case", ["llama 3.1", "llama 3.2"])
+def test_llama3_scaling_is_found_in_its_effect(case: str, tmp_path: Path) -> None:
+    model, path = make(tmp_path, case)
+    rope, rope_of_folder = (open_model(where, dtype="float32").config.rope for where in (path, tmp_path / "hf"))
+    assert rope == rope_of_folder
+    assert rope.factor == CASES[case][1]["rope_parameters"]["factor"]
+    model.config.rope_parameters["low_freq_factor"] = 2.0  # which no released model has
+    other = gguf_files.write_model(tmp_path / "other.gguf", model)
+    with pytest.raises(UnsupportedError, match=r"other\.gguf: tensor rope_freqs\.weight is not Llama 3's rotary scaling"):
+        open_model(other, dtype="float32")
 
 
 def test_biases_that_the_config_cannot_say_are_named(tmp_path: Path) -> None:

@@ -286,6 +286,26 @@ def test_folders_read_as_in_transformers(tmp_path: Path, byte_level: bool, flags
     assert ours.vocab_size == len(theirs)
 
 
+def test_a_folder_as_opt_is_published(tmp_path: Path) -> None:
+    """Files of a slow tokenizer only, and a begin token that only tokenizer_config.json asks for."""
+    state = json.loads(train(byte_level=True).to_str())["model"]
+    first = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    vocab = first | {token: index + 4 for token, index in state["vocab"].items() if token not in first}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(merge) for merge in state["merges"])]))
+    end = {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "__type": "AddedToken"}
+    names = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": end | {"content": "<pad>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    settings = {"add_prefix_space": False, "add_bos_token": True, "errors": "replace", "tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    ours, theirs = load_tokenizer(tmp_path), transformers_tokenizer(tmp_path)
+    for text in [*TEXTS, "a</s> b"]:
+        for special in (True, False):
+            assert ours.encode(text, add_special_tokens=special) == theirs(text, add_special_tokens=special)["input_ids"]
+    assert ours.encode("the fox")[0] == 2 == ours.bos_token_id
+    assert ours.eos_token_ids == (2,)
+
+
 def test_the_legacy_map_of_special_tokens_counts(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, train(byte_level=True), bos_token=None)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>", "unk_token": {"content": "</s>"}}))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pjax.errors import CheckpointError, UnsupportedError
 
 # Fields that are applied here, or that change no forward pass.
@@ -24,7 +26,10 @@ LLAMA = (
 )
 GPT2 = COMMON | {"attention.layer_norm_epsilon"}
 GPT_NEOX = COMMON | ROTARY | {"attention.layer_norm_epsilon", "use_parallel_residual"}
-FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp makes of rope type llama3: a divisor of each rotary frequency
+LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+# Llama 3.1 and 3.2 alike (their factor is another one); the file does not have these.
+LLAMA3: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Fields:
     architecture: str
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors, slowest axis first
+    rope_factors: np.ndarray | None
     path: Path
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -82,12 +88,15 @@ class Fields:
         }
 
 
-def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+def hf_config(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None, path: Path
+) -> dict[str, Any]:
     """config.json as transformers would write it for the model of a GGUF file.
 
     Args:
       metadata: the file's fields, names with their prefixes.
       shapes: of its tensors, slowest axis first.
+      rope_factors: the tensor ROPE_FACTORS, where it has one.
       path: for messages.
     Raises CheckpointError when a field is missing or wrong, UnsupportedError when one changes what pjax does not apply.
     """
@@ -97,10 +106,12 @@ def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     applied, make = ARCHITECTURES[architecture]
-    for name in FACTOR_TENSORS:
+    for name in LONG_FACTORS:
         if name in shapes:
-            raise UnsupportedError(f"{path}: tensor {name} (llama3 or longrope rotary scaling in GGUF) is not supported; use safetensors")
-    fields = Fields(architecture, metadata, shapes, path)
+            raise UnsupportedError(f"{path}: tensor {name} (longrope rotary scaling) is not supported")
+    if rope_factors is not None and make is not _llama:
+        raise UnsupportedError(f"{path}: tensor {ROPE_FACTORS} is not supported for architecture {architecture}")
+    fields = Fields(architecture, metadata, shapes, rope_factors, path)
     if fields.get("expert_count"):
         raise UnsupportedError(f"{path}: {architecture}.expert_count is {fields.get('expert_count')}; supported: dense models")
     prefix = f"{architecture}."
@@ -129,7 +140,7 @@ def _llama(fields: Fields) -> dict[str, Any]:
         "max_position_embeddings": fields.integer("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(fields),
+        "rope_scaling": _rope_scaling(fields) if fields.rope_factors is None else _llama3_scaling(fields, head_size),
         "hidden_act": "silu",
         **fields.shared,
     }
@@ -202,6 +213,23 @@ def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
         for key in ("beta_fast", "beta_slow"):
             if (value := fields.get(f"rope.scaling.yarn_{key}")) is not None:
                 scaling[key] = value
+    return scaling
+
+
+def _llama3_scaling(fields: Fields, head_size: int) -> dict[str, Any]:
+    """Llama 3's rotary scaling, found in its effect: the largest divisor is the factor, and the others have to follow from it."""
+    found = np.asarray(fields.rope_factors, np.float64)
+    scaling = LLAMA3 | {"factor": round(float(found.max(initial=1.0)), 3)}
+    theta, original = fields.number("rope.freq_base", 10000.0), LLAMA3["original_max_position_embeddings"]
+    turns = original * theta ** (-np.arange(0, head_size, 2) / head_size) / (2 * np.pi)  # in the original context
+    smooth = np.clip((turns - LLAMA3["low_freq_factor"]) / (LLAMA3["high_freq_factor"] - LLAMA3["low_freq_factor"]), 0, 1)
+    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        raise UnsupportedError(
+            f"{fields.path}: tensor {ROPE_FACTORS} is not Llama 3's rotary scaling; supported: that one; use safetensors"
+        )
+    if _rope_scaling(fields) is not None:
+        raise UnsupportedError(f"{fields.path} has rotary scaling in its metadata and in tensor {ROPE_FACTORS}; supported: one of the two")
     return scaling
 
 

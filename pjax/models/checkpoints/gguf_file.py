@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.gguf_header import TensorInfo, read_gguf_header
 from pjax.models.checkpoints.base import Checkpoint
-from pjax.models.checkpoints.gguf_config import hf_config
+from pjax.models.checkpoints.gguf_config import ROPE_FACTORS, hf_config
 
 SUPPORTED = (
     *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1),
@@ -52,15 +52,16 @@ class GGUFFile(Checkpoint):
 
         Raises CheckpointError when a field is missing or wrong, UnsupportedError when one is not applied by pjax.
         """
-        return hf_config(self._metadata, self.names(), self.path)
+        factors = self.read(ROPE_FACTORS) if ROPE_FACTORS in self._tensors else None
+        return hf_config(self._metadata, {name: info.shape for name, info in self._tensors.items()}, factors, self.path)
 
     def generation_config(self) -> dict[str, Any]:
         """GGUF has none."""
         return {}
 
     def names(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor; GGUF's fastest axis comes last here."""
-        return {name: info.shape for name, info in self._tensors.items()}
+        """Name and shape of every tensor but those that belong to the config; GGUF's fastest axis comes last here."""
+        return {name: info.shape for name, info in self._tensors.items() if name != ROPE_FACTORS}
 
     def dtypes(self) -> dict[str, str]:
         """What `read` gives: dequantised tensors are float32."""
