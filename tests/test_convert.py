@@ -298,8 +298,11 @@ def test_damaged_orbax(truth: Path, tmp_path: Path, damage: str) -> None:
         with pytest.raises(CheckpointError, match="their checksums do not hold"):
             verify(made)
         return
-    with pytest.raises(CheckpointError, match=r"params-00001-of-00001 is damaged or truncated: .* can't be read"):
+    message = r"params-00001-of-00001 is damaged or truncated: .* can't be read"
+    with pytest.raises(CheckpointError, match=message):
         parameters(made)
+    with pytest.raises(CheckpointError, match=message):  # weights are read beside the first compilation
+        LLM(made, skip_tokenizer_init=True, progress=False, lazy=True, max_num_seqs=1).generate([[1]], use_tqdm=False)
 
 
 @pytest.mark.parametrize(

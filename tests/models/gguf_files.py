@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gpt2": MODEL_ARCH.GPT2,
     "gpt_neox": MODEL_ARCH.GPTNEOX,
 }
+K_QUANTS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 
 
 def write_model(path: Path, model: Any, kind: Type = Type.F32, **fields: Any) -> Path:
@@ -45,7 +46,7 @@ def write_model(path: Path, model: Any, kind: Type = Type.F32, **fields: Any) ->
         array = np.ascontiguousarray(array.T) if is_conv1d else array
         block = gguf.GGML_QUANT_SIZES[kind][0]
         used = kind if array.ndim == 2 and array.shape[1] % block == 0 and "position" not in new else Type.F32
-        stored = quantize(array, used)
+        stored = _random_bytes(array, used, len(name)) if used in K_QUANTS else quantize(array, used)
         rounded = dequantize(stored, used)
         tensor.copy_(tensor.new_tensor(rounded.T if is_conv1d else rounded))
         writer.add_tensor(new, np.ascontiguousarray(_reorder(stored, name, config)), raw_dtype=used)
@@ -56,6 +57,12 @@ def write_model(path: Path, model: Any, kind: Type = Type.F32, **fields: Any) ->
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _random_bytes(array: np.ndarray, kind: Type, seed: int) -> np.ndarray:
+    """The `gguf` package reads K-quants but can't make them: any bytes whose scales are small numbers."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return np.random.default_rng(seed).integers(0, 28, (len(array), array.shape[1] // block * size), dtype=np.uint8)
 
 
 def _write_config(writer: gguf.GGUFWriter, config: Any) -> None:

@@ -62,6 +62,11 @@ def make(tmp_path: Path, case: str, kind: Type = Type.F32, **fields: Any) -> tup
 def test_logits_are_those_of_the_model_it_was_made_from(case: str, tmp_path: Path) -> None:
     model, path = make(tmp_path, case)
     np.testing.assert_allclose(logits_of(path, TOKENS), hf.torch_logits(model, TOKENS), atol=2e-4, rtol=2e-4)
+    check_parameters(path, model)
+
+
+def check_parameters(path: Path, model: Any) -> None:
+    """Every parameter by its Hugging Face name, bit for bit."""
     named = dict(model.named_parameters())
     ours = to_hf_state(load(path, progress=False))
     assert ours.keys() == named.keys()
@@ -81,6 +86,16 @@ def test_quantised_types(case: str, kind: Type, tmp_path: Path) -> None:
     model, path = make(tmp_path, case, kind)
     assert sum(tensor.tensor_type == kind for tensor in gguf.GGUFReader(path).tensors) >= 9
     np.testing.assert_allclose(logits_of(path, TOKENS, dtype="float32"), hf.torch_logits(model, TOKENS), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("Qwen2", Type.Q4_K), ("GPT2", Type.Q6_K), ("GPTNeoX", Type.Q4_K), ("GPTNeoX", Type.Q6_K)])
+def test_k_quants(family: str, kind: Type, tmp_path: Path) -> None:
+    """Blocks of 256: a wider model."""
+    sizes = {} if family == "GPT2" else {"intermediate_size": 256}
+    model = hf.make(tmp_path / "hf", family, hidden_size=256, tie_word_embeddings=False, **sizes)
+    path = gguf_files.write_model(tmp_path / "a.gguf", model, kind)
+    assert sum(tensor.tensor_type == kind for tensor in gguf.GGUFReader(path).tensors) >= 9
+    check_parameters(path, model)
 
 
 @pytest.mark.parametrize("case", ["llama", "llama, heads of 24", "qwen2", "qwen2, tied", "qwen3, heads of 128", "gpt2", "gpt2, untied"])
