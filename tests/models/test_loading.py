@@ -233,6 +233,18 @@ def test_check_finds_every_bad_value_and_no_other(dtype: str, monkeypatch: pytes
             np.testing.assert_array_equal(target.astype(np.float32), array.astype(DTYPES[dtype]).astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_float16_is_cast_as_numpy_casts_it(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pjax.models.weights.CHUNK", 1000)
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(128, 512)
+    for array in (values, values.T, values[::2, ::3], values[:, None]):
+        target = np.empty(array.shape, DTYPES[dtype])
+        assert copy_and_check(target, array) == np.count_nonzero(~np.isfinite(array))
+        bits = f"u{target.itemsize}"
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            np.testing.assert_array_equal(target.view(bits), array.astype(DTYPES[dtype]).view(bits))
+
+
 @pytest.mark.parametrize("format", ["safetensors", "torch"])
 @pytest.mark.parametrize("head", ["absent", "equal", "unequal", "alone"])
 def test_tied_heads_as_transformers_has_them(tmp_path: Path, head: str, format: str, caplog: pytest.LogCaptureFixture) -> None:
