@@ -281,6 +281,15 @@ def test_a_cast_that_overflows_is_named(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.messages == ["1 tensors have NaN or infinite values: model.norm.weight (1 of 32)"]
 
 
+def test_links_of_an_orbax_folder_may_not_leave_it(truth: Path, tmp_path: Path) -> None:
+    made = convert(truth, tmp_path / "made", format="orbax", progress=False)
+    file = max((file for file in made.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{file.name} leads to .*elsewhere, outside its folder; put the file itself there"):
+        open_model(made, dtype="auto")
+
+
 DAMAGES = ["cut", "flip", "remove"]
 
 

@@ -158,6 +158,9 @@ def _read_manifest(folder: Path) -> dict[str, Parameter]:
             raise CheckpointError(f"{path} points outside its folder: {group!r:.200}, but must name a folder in it")
         if not where.is_dir():
             raise CheckpointError(f"{folder} has no {group}, which {MANIFEST} names")
+        for file in where.rglob("*"):
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{file} leads to {file.resolve()}, outside its folder; put the file itself there")
     return parameters
 
 
