@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from pjax import LLM, BeamSearchParams, SamplingParams
-from tests.server.common import MODEL, chunks
+from tests.server.common import MODEL, ScriptedLLM, chunks, start
 
 PATH = "/v1/completions"
 
@@ -173,3 +174,17 @@ def test_models(client: httpx2.Client) -> None:
     assert client.get("/v1/models/other/one").status_code == 404
     assert client.get("/version").json().keys() == {"version"}
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
+
+
+def test_priority_is_passed_on(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Noting(ScriptedLLM):
+        def generate(self, prompt: list[int], params: Any, request_id: str, **options: Any) -> Any:
+            seen.append(options)
+            return super().generate(prompt, params, request_id, **options)
+
+    with start(Noting(tmp_path, "x")) as server:
+        for more in ({}, {"priority": -3, "cache_salt": "s"}):
+            httpx2.post(server.url + PATH, json={"prompt": "a"} | more).raise_for_status()
+    assert seen == [{}, {"priority": -3, "cache_salt": "s"}]
