@@ -14,7 +14,7 @@ import httpx2
 import numpy as np
 from tqdm import tqdm
 
-from pjax.cli.bench import percentiles, random_requests, read_dataset
+from pjax.cli.bench_data import percentiles, random_requests, read_dataset
 from pjax.cli.talk import ServerError, base_url, error_text
 
 
