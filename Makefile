@@ -19,7 +19,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-aot test-clients check format bench soak clean
+.PHONY: help generate test test-aot test-clients check format bench soak clean test-page check-docker docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -80,6 +80,17 @@ $(CLIENTS_VENV)/.done: clients/requirements.txt
 
 test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done ## the server by the clients that people use, in an environment of their own
 	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node $(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
+PAGE_VENV ?= .venv-page-$(notdir $(PYTHON))
+
+$(PAGE_VENV)/.done:
+	@echo "installing selenium into $(PAGE_VENV)" >&2
+	@$(PYTHON) -m venv "$(PAGE_VENV)"
+	@$(PAGE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'selenium>=4.30' pytest pytest-timeout
+	@touch $@
+
+# The tests' own settings are for the project's environment: this one has no JAX.
+test-page: $(VENV)/.test $(PAGE_VENV)/.done ## the page at / in a real Chromium (apt-get install chromium chromium-driver)
+	PJAX_SERVER_PYTHON=$(abspath $(VENV))/bin/python $(PAGE_VENV)/bin/python -m pytest -c /dev/null --rootdir . --noconftest --timeout 300 $(PYTEST_ARGS) tests/page
 
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .

@@ -264,6 +264,7 @@ class LLMEngine:
             num_preemptions=self.scheduler.sequences.num_preemptions,
             num_compilations=self.runner.num_compilations,
             page_owners=owners,
+            page_cached=self.scheduler.pool.keyed(),
             **asdict(self._counters),
         )
 

@@ -55,6 +55,8 @@ class EngineStats:
     prefix_cache_hits: int
     page_owners: npt.NDArray[np.uint8]
     """[num_pages]: sequences that own each page, at most 255."""
+    page_cached: npt.NDArray[np.bool_]
+    """[num_pages]: whether what a page holds can be found, whether somebody owns it or not."""
 
     @property
     def kv_cache_usage(self) -> float:

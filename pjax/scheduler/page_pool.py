@@ -89,6 +89,10 @@ class PagePool:
         """[num_pages]: each page's owners, at most 255. Any thread may call it."""
         return np.minimum(np.array(self._counts), 255).astype(np.uint8)
 
+    def keyed(self) -> npt.NDArray[np.bool_]:
+        """[num_pages]: which have a key; those of them that are free are kept. Any thread may call it."""
+        return np.array([key is not None for key in self._keys])
+
     @property
     def num_kept(self) -> int:
         """Free pages with a key."""

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from pjax import __version__
 from pjax.engine import AsyncLLM, LLMEngine
-from pjax.server import chat, completions, errors, tokenization
+from pjax.server import chat, completions, errors, page, tokenization
 from pjax.server.bridge import Bridge
 from pjax.server.config import ServerConfig
 from pjax.server.errors import ApiError
@@ -61,6 +61,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         app.include_router(part.router(service))
     _add_models(app, service)
     _add_health(app, service)
+    page.install(app, service)
     app.add_middleware(Gate, config=config)
     if config.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"])

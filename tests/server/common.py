@@ -142,8 +142,8 @@ class ScriptedLLM:
             self.num_open -= 1
 
     def stats(self) -> EngineStats:
-        names = [name for name in EngineStats.__dataclass_fields__ if name != "page_owners"]
-        return EngineStats(**(dict.fromkeys(names, 0) | {"num_pages": 1}), page_owners=np.zeros(1, np.uint8))
+        names = [name for name in EngineStats.__dataclass_fields__ if name not in ("page_owners", "page_cached")]
+        return EngineStats(**(dict.fromkeys(names, 0) | {"num_pages": 1}), page_owners=np.zeros(1, np.uint8), page_cached=np.zeros(1, bool))
 
     def close(self) -> None:
         pass
