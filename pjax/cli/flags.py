@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -50,6 +51,10 @@ class _Yaml(configargparse.YAMLConfigFileParser):  # type: ignore[misc]
 
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """argparse's, whose values also come from a file and the environment."""
+
+    def parse_known_args(self, *arguments: Any, env_vars: Mapping[str, str] = os.environ, **more: Any) -> Any:
+        """An empty variable counts as none: compose files and Makefiles pass on what may not be set."""
+        return super().parse_known_args(*arguments, env_vars={name: value for name, value in env_vars.items() if value}, **more)
 
 
 def make_parser(prog: str, text: str, commands: Any = None, name: str = "", summary: str = "") -> Parser:

@@ -113,6 +113,8 @@ def test_a_key_in_the_environment_is_taken_and_not_shown(monkeypatch: pytest.Mon
     config = server_config(parse("serve", "m"))
     assert config.api_keys == ("sesame",)
     assert "sesame" not in repr(config)
+    monkeypatch.setenv("PJAX_API_KEY", "")
+    assert server_config(parse("serve", "m")).api_keys == ()
 
 
 def test_values_out_of_bounds_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
