@@ -103,7 +103,7 @@ async def answer_all(llm: Any, config: Any, requests: list[dict[str, Any]], file
     from pjax.server.app import create_app
 
     transport = httpx2.ASGITransport(create_app(llm, config))
-    room = asyncio.Semaphore(2 * config.engine.max_num_seqs)
+    room = asyncio.Semaphore(2 * llm.engine.config.max_num_seqs)
     headers = {"Authorization": f"Bearer {config.api_keys[0]}"} if config.api_keys else {}
     failed = 0
     async with httpx2.AsyncClient(transport=transport, base_url="http://batch", timeout=None, headers=headers) as client:

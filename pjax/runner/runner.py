@@ -168,8 +168,10 @@ class ModelRunner:
             self.prefetch(bucket)
         if self._swap is not None:
             self._swap.prefetch(self._pool)
-        for bucket in tqdm(wanted, desc="Compiling steps", unit="bucket", leave=False, disable=None if progress else True):
-            self._compiled_step(bucket)
+        with tqdm(wanted, desc="Compiling steps", unit="bucket", leave=False, disable=None if progress else True) as bar:
+            for bucket in bar:
+                bar.set_postfix_str(f"{bucket.num_tokens} tokens in {bucket.num_rows} rows{', decode' if bucket.decode_only else ''}")
+                self._compiled_step(bucket)
         if self._swap is not None:
             self._swap.warmup()
 
