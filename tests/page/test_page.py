@@ -307,7 +307,7 @@ def test_pictures(page: Page, name: str) -> None:
         wait(lambda: "shared" in page.colours())
         token = browser.find_elements(By.CSS_SELECTOR, ".samples .turn:first-child .token")[20]
         webdriver.ActionChains(browser).move_to_element(token).perform()
-        time.sleep(0.3)
+        wait(lambda: page.element("tip").is_displayed())
         browser.save_screenshot(str(ROOT / SCREENSHOTS / f"{name}.png"))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -207,7 +207,10 @@ $("key").addEventListener("input", () => sessionStorage.setItem("key", $("key").
 
 // ---- log-probabilities of a token
 
+let tipped = null; // the token that the tip tells of
+
 function showTip(span) {
+  tipped = span;
   const table = document.createElement("table");
   for (const one of span.tokens) {
     const rows = one.top.some(([token]) => token === one.token) ? one.top : [[one.token, one.logprob], ...one.top];
@@ -229,13 +232,15 @@ function showTip(span) {
 }
 
 function hideTip() {
+  tipped = null;
   $("tip").hidden = true;
 }
 
 for (const kind of ["mouseover", "focusin"]) {
   $("output").addEventListener(kind, (event) => { if (event.target.tokens) showTip(event.target); });
 }
-for (const kind of ["mouseout", "focusout", "scroll"]) $("output").addEventListener(kind, hideTip);
+for (const kind of ["mouseout", "focusout"]) $("output").addEventListener(kind, hideTip);
+$("output").addEventListener("scroll", () => { if (tipped) showTip(tipped); });
 $("output").addEventListener("keydown", (event) => {
   const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
   const next = step && event.target.tokens && event.target[step];
