@@ -91,6 +91,7 @@ $(CLIENTS_VENV)/.done: clients/requirements.txt
 
 test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done ## the server by the clients that people use, in an environment of their own
 	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node $(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
+
 PAGE_VENV ?= .venv-page-$(notdir $(PYTHON))
 
 $(PAGE_VENV)/.done:
