@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pjax.errors import ConfigError
 
@@ -52,11 +53,21 @@ class EngineConfig:
     """Compile a step when it is first needed, instead of all of them before the first request."""
     compilation_cache_dir: str | None = "auto"
     """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
+    tensor_parallel_size: int = 1
+    """How many devices the model and its pages are divided over."""
+    data_parallel_size: int = 1
+    """How many copies of the model, each on as many devices, share the requests of `LLM.generate`; an engine by itself is one."""
+    mesh: Any = None
+    """A jax.sharding.Mesh to use instead; the model is divided over its axis "model", and the same over any other."""
     attention_backend: str | None = None
     """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages", "swap_space"):
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{name} is None, but must be an integer >= 1")
+        sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "num_pages", "swap_space")
+        for name in (*sizes, "tensor_parallel_size", "data_parallel_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pjax.config import EngineConfig
-from pjax.engine import LLMEngine, Prompt
+from pjax.engine import LLMEngine, Prompt, Replicas
 from pjax.errors import ConfigError, InvalidRequestError
 from pjax.logs import show_logs
 from pjax.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
@@ -57,7 +57,8 @@ class LLM:
         template = None if chat_template is None else read_template(chat_template)
         if progress:
             show_logs()
-        self.engine = LLMEngine(
+        make = LLMEngine if config.data_parallel_size == 1 else Replicas
+        self.engine: Any = make(
             model, config, params=params, tokenizer=tokenizer, skip_tokenizer_init=skip_tokenizer_init, progress=progress
         )
         if template is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +16,15 @@ HOST_SHARE = 0.1  # of free host memory, for pages of preempted requests
 CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
-def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int, *, weight_bytes: int = 0) -> int:
+def choose_num_pages(
+    config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int, *, weight_bytes: int = 0, devices: Sequence[Any] = ()
+) -> int:
     """Pages of one layer: as asked, or what fits the device, but no more than all sequences at full length can use.
 
     Args:
-      weight_bytes: of the weights that are still to be loaded.
+      model: the config of what one device has.
+      weight_bytes: of the weights that are still to be loaded, on one device.
+      devices: that have a pool each; JAX's first one by default.
 
     Raises ConfigError when not even one page fits.
     """
@@ -31,7 +36,7 @@ def choose_num_pages(config: EngineConfig, model: Any, kv_dtype: str, max_model_
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
         return config.kv_cache_memory // one
     share = config.memory_share * (CPU_SHARE if jax.default_backend() == "cpu" else 1)
-    free = max(_free_bytes() - weight_bytes, 0) * share
+    free = max(_free_bytes(devices or jax.local_devices()[:1]) - weight_bytes, 0) * share
     useful = -(-max_model_len // config.page_size) * config.step_sizes[0]
     fits = int(free // one)
     if fits < 1:
@@ -62,15 +67,14 @@ def _round_down(count: int) -> int:
     return count // step * step
 
 
-def _free_bytes() -> float:
-    """Device memory that is free now."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+def _free_bytes(devices: Sequence[Any]) -> float:
+    """Memory that is free now on each of the devices; what JAX calls CPU devices share one machine's."""
+    stats = [device.memory_stats() or {} for device in devices if device.platform != "cpu"]
+    if stats and all("bytes_limit" in one for one in stats):
+        return float(min(one["bytes_limit"] - one["bytes_in_use"] for one in stats))
     import psutil
 
-    return float(psutil.virtual_memory().available)
+    return float(psutil.virtual_memory().available) / len(devices)
 
 
 def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:

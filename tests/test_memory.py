@@ -14,7 +14,7 @@ PAGE = 2 * 2 * 16 * 3 * 64 * 4  # bytes: keys and values, layers, tokens, heads,
 
 
 def pages(monkeypatch: pytest.MonkeyPatch, free: float, *, weight_bytes: int = 0, **fields: object) -> int:
-    monkeypatch.setattr(memory, "_free_bytes", lambda: free)
+    monkeypatch.setattr(memory, "_free_bytes", lambda devices: free)
     monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
     return memory.choose_num_pages(EngineConfig(**fields).for_platform("cpu"), MODEL, "float32", 1024, weight_bytes=weight_bytes)
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from pjax.errors import ConfigError
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
 from pjax.models import ModelSource, open_model
 from pjax.models.given import match, source_of
+from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
 from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
@@ -74,9 +75,10 @@ class LLMEngine:
     ) -> None:
         config = config or EngineConfig()
         use_compilation_cache(config.compilation_cache_dir)
-        platform = jax.default_backend()
+        mesh = choose_mesh(config)
+        platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
         self.config = config = config.for_platform(platform)
-        source, layer_mode = _open(model, config, platform)
+        source, layer_mode = _open(model, config, platform, mesh)
         if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
             raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
@@ -85,8 +87,9 @@ class LLMEngine:
         self.model_config = source.config
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
-        log.info("%s: %.2f GiB of %s weights, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, layer_mode)
-        self.scheduler, self.runner = self._build(source, kv_dtype)
+        each = "" if source.shares is None else f" on each of {source.shares.size} devices"
+        log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)
+        self.scheduler, self.runner = self._build(source, kv_dtype, () if mesh is None else mesh.local_devices)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=source.config.vocab_size,
@@ -114,9 +117,9 @@ class LLMEngine:
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
             self._wait_for_weights()
 
-    def _build(self, source: ModelSource, kv_dtype: str) -> tuple[Scheduler, ModelRunner]:
-        config, model = self.config, source.config
-        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes)
+    def _build(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> tuple[Scheduler, ModelRunner]:
+        config, model = self.config, source.own_config
+        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes, devices=devices)
         one_page = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
         limits: dict[str, Any] = {
@@ -125,7 +128,7 @@ class LLMEngine:
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.step_sizes[0],
             "max_num_batched_tokens": config.step_sizes[1],
-            "num_host_slots": choose_num_slots(config, num_pages, one_page),
+            "num_host_slots": choose_num_slots(config, num_pages, one_page * (1 if source.shares is None else source.shares.size)),
         }
         scheduler = Scheduler(
             **limits,
@@ -232,6 +235,10 @@ class LLMEngine:
         self._intake.give_seeds(requests)
         self._views.add(prepared.text, requests, requests[0].params)
         return requests[0].request_id
+
+    def share_intake(self, other: LLMEngine) -> None:
+        """Takes requests as `other` does, an engine of the same model, and numbers those without a seed together with it."""
+        self._intake = other._intake
 
     def _free_id(self) -> str:
         return next(name for name in map(str, self._names) if name not in self._views)
@@ -349,11 +356,13 @@ def _resolve_dtype(dtype: str, platform: str) -> str:
     return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype
 
 
-def _open(model: Any, config: EngineConfig, platform: str) -> tuple[ModelSource, str]:
+def _open(model: Any, config: EngineConfig, platform: str, mesh: Any) -> tuple[ModelSource, str]:
     """The model and how its layers run."""
     if isinstance(model, str | Path):
         layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode), layer_mode
+        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode, mesh=mesh), layer_mode
+    if mesh is not None:
+        raise ConfigError("tensor parallelism with a model that is a module: give the checkpoint's path, and params= in the mesh")
     source, own_mode = source_of(model), str(model.blocks.mode)
     for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, own_mode)):
         if asked not in ("auto", own):

@@ -13,6 +13,9 @@ from pjax.errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     import jax
     from flax import nnx
+    from jax.sharding import Mesh
+
+    from pjax.models.sharding import Shares
 
 FAMILIES: dict[str, str] = {
     "GPT2LMHeadModel": "pjax.models.gpt2",
@@ -40,21 +43,33 @@ class ModelSource:
     path: Path
     dtype: str
     read_weights: Callable[[bool, Any], nnx.State[Any, Any]]
+    shares: Shares | None = None  # where it is divided over a mesh: `graph` is of one share, `abstract` of all in their places
 
     def load(self, *, progress: bool = True, shardings: Any = None) -> nnx.State[Any, Any]:
         """The parameters; reads the checkpoint one tensor at a time. To be called once.
 
         Args:
-          shardings: a tree like `abstract` with a jax.sharding.Sharding at every leaf; the default device by default.
+          shardings: a tree like `abstract` with a jax.sharding.Sharding at every leaf; the default device by default. A model
+            that is divided over a mesh has its own.
         """
         return self.read_weights(progress, shardings)
 
     @property
+    def own_config(self) -> Any:
+        """The config of what one device runs."""
+        return self.config if self.shares is None else self.shares.config
+
+    @property
     def num_bytes(self) -> int:
-        """Device memory of the parameters."""
+        """Memory of the parameters on one device."""
+        import math
+
         import jax
 
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+        def size(leaf: Any) -> int:
+            return math.prod(leaf.shape if self.shares is None else leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize)
+
+        return sum(map(size, jax.tree.leaves(self.abstract)))
 
 
 FAMILY_NAMES = ("Config", "Model", "weight_table", "known_leftovers", "PREFIX", "OTHER_NAMES")
@@ -86,28 +101,39 @@ def find_family(hf_config: Mapping[str, Any]) -> Any:
     raise UnsupportedError(f"architecture {shown} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> ModelSource:
+def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", mesh: Mesh | None = None) -> ModelSource:
     """Opens a checkpoint (folder, .gguf file or hub id) for parameters of `dtype` ("auto": the checkpoint's).
 
-    Raises CheckpointError when the checkpoint is missing, damaged or does not fit its config, UnsupportedError when
-    pjax has no such architecture or does not apply a field of its config.
+    Args:
+      mesh: what the model is divided over (tensor parallelism): its axis "model"; by default it is on one device.
+
+    Raises ConfigError when the mesh does not divide the model, CheckpointError when the checkpoint is missing, damaged or does not
+    fit its config, UnsupportedError when pjax has no such architecture or does not apply a field of its config.
     """
     from flax import nnx
 
     from pjax.models.checkpoints.orbax_folder import OrbaxFolder
+    from pjax.models.sharding import divide
     from pjax.models.tensors import open_tensors
     from pjax.models.weights import load_into
 
     tensors = open_tensors(model, find_family)
     checkpoint, config, hf = tensors.checkpoint, tensors.config, tensors.hf
     dtype = tensors.choose_dtype(dtype)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: tensors.family.Model(config, dtype=dtype, layer_mode=layer_mode)))
+
+    def make(of: Any) -> Any:
+        return tensors.family.Model(of, dtype=dtype, layer_mode=layer_mode)
+
+    shares = None if mesh is None else divide(make, config, mesh)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: make(config))) if shares is None else (shares.graph, shares.abstract)
 
     def read_weights(progress: bool, shardings: Any) -> nnx.State[Any, Any]:
         with checkpoint:
-            if isinstance(checkpoint, OrbaxFolder) and layer_mode != "scan" and checkpoint.fits(tensors.sources):
+            if shares is None and isinstance(checkpoint, OrbaxFolder) and layer_mode != "scan" and checkpoint.fits(tensors.sources):
                 return checkpoint.load(abstract, shardings, progress=progress)
             stacked = config.num_layers if layer_mode == "scan" else 0
+            if shares is not None:
+                return shares.load(tensors.sources, tensors.read, stacked_layers=stacked, progress=progress)
             return load_into(abstract, tensors.sources, tensors.read, stacked_layers=stacked, progress=progress, shardings=shardings)
 
     return ModelSource(
@@ -118,6 +144,7 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll") -> 
         path=checkpoint.path,
         dtype=dtype,
         read_weights=read_weights,
+        shares=shares,
     )
 
 

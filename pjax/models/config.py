@@ -100,6 +100,7 @@ class MultiHeadConfig:
     intermediate_size: int  # F
     num_layers: int  # L
     num_heads: int  # N
+    head_size: int  # H
     max_position: int
     activation: str
     tied: bool
@@ -108,11 +109,6 @@ class MultiHeadConfig:
     def num_kv_heads(self) -> int:
         """K: all of them."""
         return self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def source_of(model: Any) -> ModelSource:
 def match(abstract: Any, params: Any) -> Any:
     """The parameters as a state like `abstract`: of a module, a state, or a tree of dictionaries with its names.
 
-    Raises ConfigError that names the parameters that are missing, too many, or of another shape or type.
+    Raises ConfigError that names the parameters that are missing, too many, or of another shape, type or, in a mesh, place.
     """
     if isinstance(params, nnx.Module):
         params = nnx.state(params)
@@ -51,6 +51,8 @@ def match(abstract: Any, params: Any) -> Any:
         given = found.get(name)
         if given is not None and (given.shape, given.dtype) != (leaf.shape, leaf.dtype):
             lines.append(f"{name} is {given.dtype}{list(given.shape)}, but must be {leaf.dtype}{list(leaf.shape)}")
+        elif given is not None and leaf.sharding is not None and not given.sharding.is_equivalent_to(leaf.sharding, len(leaf.shape)):
+            lines.append(f"{name} is placed as {given.sharding}, but must be as {leaf.sharding}")
     if lines:
         more = f"; {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
         raise ConfigError(f"params do not fit the model: {'; '.join(lines[:MAX_SHOWN])}{more}")

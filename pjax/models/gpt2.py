@@ -39,7 +39,8 @@ class GPT2Config(MultiHeadConfig):
             hidden_size=hidden_size,
             intermediate_size=config.integer("n_inner", 4 * hidden_size),
             num_layers=config.integer("n_layer", 12),
-            num_heads=config.divisor("n_head", "n_embd", 12),
+            num_heads=(num_heads := config.divisor("n_head", "n_embd", 12)),
+            head_size=hidden_size // num_heads,
             max_position=config.integer("n_positions", 1024),
             layer_norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
             activation=config.only("activation_function", ACTIVATIONS, "gelu_new"),
@@ -56,8 +57,9 @@ class GPT2Attention(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, dtype: Any) -> None:
         self.config = config
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True, dtype=dtype)
-        self.out = Linear(config.hidden_size, config.hidden_size, bias=True, dtype=dtype)
+        width = config.num_heads * config.head_size
+        self.qkv = Linear(config.hidden_size, 3 * width, bias=True, axes=((("heads", width),) * 3, "embed"), dtype=dtype)
+        self.out = Linear(width, config.hidden_size, bias=True, axes=("embed", "heads"), dtype=dtype)
 
     def __call__(self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """x [T, D] to ([T, D], pages)."""
@@ -67,7 +69,7 @@ class GPT2Attention(nnx.Module):
         if config.scaled_by_layer:
             q = (q.astype(jnp.float32) / jnp.asarray(layer + 1, jnp.float32)).astype(q.dtype)
         out, pages = context.attend(pages, q, k, v, layer, scale=None if config.scaled else 1.0)
-        return self.out(out.reshape(x.shape)), pages
+        return self.out(out.reshape(x.shape[0], -1)), pages
 
 
 class GPT2Block(nnx.Module):
@@ -91,11 +93,11 @@ class GPT2(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
         self.positions = Embedding(config.max_position, config.hidden_size, dtype=dtype)
         self.blocks = LayerStack(lambda: GPT2Block(config, dtype=dtype), config.num_layers, mode=layer_mode)
         self.norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
-        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""

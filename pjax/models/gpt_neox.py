@@ -47,7 +47,8 @@ class GPTNeoXConfig(MultiHeadConfig):
             hidden_size=hidden_size,
             intermediate_size=config.integer("intermediate_size"),
             num_layers=config.integer("num_hidden_layers"),
-            num_heads=config.divisor("num_attention_heads", "hidden_size"),
+            num_heads=(num_heads := config.divisor("num_attention_heads", "hidden_size")),
+            head_size=hidden_size // num_heads,
             max_position=max_position,
             layer_norm_epsilon=config.number("layer_norm_eps", 1e-5),
             rope=RopeConfig.read(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
@@ -70,8 +71,9 @@ class GPTNeoXAttention(nnx.Module):
 
     def __init__(self, config: GPTNeoXConfig, *, dtype: Any) -> None:
         self.config = config
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias, dtype=dtype)
-        self.out = Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        width = config.num_heads * config.head_size
+        self.qkv = Linear(config.hidden_size, 3 * width, bias=config.attention_bias, axes=("heads", "embed"), dtype=dtype)
+        self.out = Linear(width, config.hidden_size, bias=config.attention_bias, axes=("embed", "heads"), dtype=dtype)
 
     def __call__(
         self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext, rope: tuple[jax.Array, jax.Array]
@@ -81,7 +83,7 @@ class GPTNeoXAttention(nnx.Module):
         heads = self.qkv(x).reshape(x.shape[0], config.num_heads, 3, config.head_size)
         q, k, v = rotate(heads[:, :, 0], *rope), rotate(heads[:, :, 1], *rope), heads[:, :, 2]
         out, pages = context.attend(pages, q, k, v, layer)
-        return self.out(out.reshape(x.shape)), pages
+        return self.out(out.reshape(x.shape[0], -1)), pages
 
 
 class GPTNeoXBlock(nnx.Module):
@@ -110,10 +112,10 @@ class GPTNeoX(nnx.Module):
 
     def __init__(self, config: GPTNeoXConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
         self.blocks = LayerStack(lambda: GPTNeoXBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
         self.norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
-        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""

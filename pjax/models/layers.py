@@ -14,6 +14,12 @@ from jax import lax
 
 FEW_ROWS = 128  # up to here a CPU's product is faster with the weights on the left
 
+Axis = str | tuple[tuple[str, int], ...] | None
+"""The logical axis of one dimension of a parameter: a name, or several side by side with their sizes; None is whole everywhere.
+
+`pjax.models.sharding` says which of them are divided among devices.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerChoice:
@@ -56,15 +62,22 @@ def _weights_left(kernel: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x · kernelᵀ + bias, accumulated in float32. Kernels are [out, in], as checkpoints have them."""
+    """y = x · kernelᵀ + bias, accumulated in float32. Kernels are [out, in], as checkpoints have them.
 
-    def __init__(self, num_in: int, num_out: int, *, bias: bool = False, dtype: Any) -> None:
-        self.kernel = nnx.Param(jnp.zeros((num_out, num_in), dtype))
-        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if bias else None
+    `axes` are the logical axes of out and in. Where the latter is divided among devices, each has a part of the sum:
+    `sum_over` is the mesh's axis that they are added over.
+    """
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool = False, axes: tuple[Axis, Axis] = (None, None), dtype: Any) -> None:
+        self.kernel = nnx.Param(jnp.zeros((num_out, num_in), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=axes[:1]) if bias else None
+        self.sum_over: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, in] to [T, out]."""
         y = matmul(x, self.kernel[...])
+        if self.sum_over is not None:
+            y = lax.psum(y.astype(x.dtype), self.sum_over).astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -119,8 +132,8 @@ class MLP(nnx.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, bias: bool, dtype: Any) -> None:
         self.activation = activation
-        self.up = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
-        self.down = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
+        self.up = Linear(hidden_size, intermediate_size, bias=bias, axes=("ffn", "embed"), dtype=dtype)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias, axes=("embed", "ffn"), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, D] to [T, D]."""
@@ -128,14 +141,24 @@ class MLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]; `attend` uses it as a tied head."""
+    """A table [V, D]; `attend` uses it as a tied head.
 
-    def __init__(self, num_rows: int, size: int, *, dtype: Any) -> None:
-        self.table = nnx.Param(jnp.zeros((num_rows, size), dtype))
+    `axis` is the logical axis of its rows. Where they are divided among devices, each looks up those that it has:
+    `sum_over` is the mesh's axis that they are added over.
+    """
+
+    def __init__(self, num_rows: int, size: int, *, axis: Axis = None, dtype: Any) -> None:
+        self.table = nnx.Param(jnp.zeros((num_rows, size), dtype), axes=(axis, "embed"))
+        self.sum_over: str | None = None
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32 [T] to [T, D]. Ids out of range (padding) are clipped."""
-        return self.table[...].at[ids].get(mode="clip")
+        table = self.table[...]
+        if self.sum_over is None:
+            return table.at[ids].get(mode="clip")
+        ids = ids - lax.axis_index(self.sum_over) * len(table)
+        mine = (ids >= 0) & (ids < len(table))
+        return lax.psum(jnp.where(mine[:, None], table.at[ids].get(mode="clip"), 0), self.sum_over)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[S, D] to float32 logits [S, V]."""

@@ -101,9 +101,10 @@ class LlamaAttention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
         self.config = config
-        heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(config.hidden_size, heads * config.head_size, bias=config.attention_bias, dtype=dtype)
-        self.out = Linear(config.num_heads * config.head_size, config.hidden_size, bias=config.out_bias, dtype=dtype)
+        q, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        axes = ((("heads", q), ("kv_heads", kv), ("kv_heads", kv)), "embed")
+        self.qkv = Linear(config.hidden_size, q + 2 * kv, bias=config.attention_bias, axes=axes, dtype=dtype)
+        self.out = Linear(q, config.hidden_size, bias=config.out_bias, axes=("embed", "heads"), dtype=dtype)
         self.q_norm = RMSNorm(config.head_size, epsilon=config.rms_norm_epsilon, dtype=dtype) if config.head_norm else None
         self.k_norm = RMSNorm(config.head_size, epsilon=config.rms_norm_epsilon, dtype=dtype) if config.head_norm else None
 
@@ -128,8 +129,9 @@ class LlamaMLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any) -> None:
         self.activation = config.activation
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
+        hidden, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(hidden, 2 * wide, bias=bias, axes=((("ffn", wide), ("ffn", wide)), "embed"), dtype=dtype)
+        self.down = Linear(wide, hidden, bias=bias, axes=("embed", "ffn"), dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, D] to [T, D]."""
@@ -160,10 +162,10 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
         self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
-        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""

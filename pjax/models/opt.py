@@ -48,7 +48,8 @@ class OPTConfig(MultiHeadConfig):
             embedding_size=config.integer("word_embed_proj_dim", hidden_size),
             intermediate_size=config.integer("ffn_dim"),
             num_layers=config.integer("num_hidden_layers"),
-            num_heads=config.divisor("num_attention_heads", "hidden_size"),
+            num_heads=(num_heads := config.divisor("num_attention_heads", "hidden_size")),
+            head_size=hidden_size // num_heads,
             max_position=config.integer("max_position_embeddings", 2048),
             activation=config.only("activation_function", ACTIVATIONS, "relu"),
             bias=config.flag("enable_bias", True),
@@ -66,14 +67,15 @@ class OPTAttention(nnx.Module):
 
     def __init__(self, config: OPTConfig, *, dtype: Any) -> None:
         self.config = config
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias, dtype=dtype)
-        self.out = Linear(config.hidden_size, config.hidden_size, bias=config.bias, dtype=dtype)
+        width = config.num_heads * config.head_size
+        self.qkv = Linear(config.hidden_size, 3 * width, bias=config.bias, axes=((("heads", width),) * 3, "embed"), dtype=dtype)
+        self.out = Linear(width, config.hidden_size, bias=config.bias, axes=("embed", "heads"), dtype=dtype)
 
     def __call__(self, x: jax.Array, pages: jax.Array, layer: int | jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """x [T, D] to ([T, D], pages)."""
         heads = self.qkv(x).reshape(x.shape[0], 3, self.config.num_heads, self.config.head_size)
         out, pages = context.attend(pages, heads[:, 0], heads[:, 1], heads[:, 2], layer)
-        return self.out(out.reshape(x.shape)), pages
+        return self.out(out.reshape(x.shape[0], -1)), pages
 
 
 def _norm(config: OPTConfig, dtype: Any) -> LayerNorm:
@@ -106,13 +108,13 @@ class OPT(nnx.Module):
     def __init__(self, config: OPTConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
         hidden, narrow = config.hidden_size, config.embedding_size
-        self.embed = Embedding(config.vocab_size, narrow, dtype=dtype)
+        self.embed = Embedding(config.vocab_size, narrow, axis="vocab", dtype=dtype)
         self.positions = Embedding(config.max_position + POSITION_OFFSET, hidden, dtype=dtype)
         self.project_in = Linear(narrow, hidden, dtype=dtype) if config.projected else None
         self.blocks = LayerStack(lambda: OPTBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
         self.norm = _norm(config, dtype) if config.final_norm else None
         self.project_out = Linear(hidden, narrow, dtype=dtype) if config.projected else None
-        self.head = None if config.tied else Linear(narrow, config.vocab_size, dtype=dtype)
+        self.head = None if config.tied else Linear(narrow, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: PagedContext) -> tuple[jax.Array, jax.Array]:
         """int32 [T] to hidden states [T, D] (before the last norm) and the pages with the tokens' K and V written."""

@@ -52,6 +52,15 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of one dimension of a parameter, and where it stands in a device's share."""
+
+    start: int
+    count: int
+    to: int
+
+
+@dataclass(frozen=True)
 class Source:
     """Tensors that, joined on the first axis, make one parameter; or one tensor, transposed."""
 
@@ -80,6 +89,29 @@ class Source:
             if (count := copy_and_check(rows, array)) > 0:
                 bad.append(f"{name} ({count} of {array.size})")
             start += len(array)
+
+    def fill_share(
+        self, target: np.ndarray, read: Callable[[str], np.ndarray], bad: list[str], dimension: int, pieces: Sequence[Piece]
+    ) -> None:
+        """Like `fill`, for the `pieces` of a dimension (0 or 1) that a device has; what they do not reach is zero."""
+        if sum(piece.count for piece in pieces) < target.shape[dimension]:
+            target[...] = 0
+        first = 0  # of the part, in the parameter
+        for name, _ in self.parts:
+            array, count, size = read(name).T if self.transposed else read(name), 0, 0
+            for piece in pieces:
+                low, high = piece.start, piece.start + piece.count
+                if dimension == 0:  # what of the piece this part has
+                    low, high = max(low, first), min(high, first + len(array))
+                if low >= high:
+                    continue
+                to = slice(piece.to + low - piece.start, piece.to + high - piece.start)
+                mine = array[low - first : high - first] if dimension == 0 else array[:, low:high]
+                place = target[to] if dimension == 0 else target[first : first + len(array), to]
+                count, size = count + copy_and_check(place, mine), size + mine.size
+            if count:
+                bad.append(f"{name} ({count} of {size} in one device's share)")
+            first += len(array)
 
 
 def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:

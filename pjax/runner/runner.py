@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from pjax.errors import ConfigError
 from pjax.models import ModelSource
+from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
 from pjax.params import MAX_CANDIDATES
 from pjax.runner.batch import Bucket, Ints, SamplingTable, find_bucket, input_struct, make_buckets, pack
 from pjax.runner.sampler import Sampled
-from pjax.runner.step import jit_step, make_step
+from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
 from pjax.runner.swap import PageSwap
+from pjax.runner.vocabulary import WHOLE, Vocabulary
 from pjax.scheduler.plan import StepPlan
 
 log = logging.getLogger(__name__)
@@ -77,11 +79,18 @@ class ModelRunner:
         self._num_steps_compiled = 0
         self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
         self._params: list[jax.Array] | None = None
-        c = model.config
-        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, c.num_kv_heads, c.head_size)
-        self._pool_format = pool_format(SingleDeviceSharding(jax.local_devices()[0]))
+        c, shares = model.own_config, model.shares
+        pool_sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        self._input_sharding: Sharding | None = None
+        if shares is not None:
+            pool_sharding = NamedSharding(shares.mesh, POOL_SPEC)
+            self._input_sharding = NamedSharding(shares.mesh, PartitionSpec())
+        num_heads = c.num_kv_heads * (1 if shares is None else shares.size)
+        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, num_heads, c.head_size)
+        self._pool_format = pool_format(pool_sharding)
         self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
-        self._tokens_struct = jax.ShapeDtypeStruct((config.max_num_seqs, config.max_model_len), jnp.int32)
+        tokens_shape = (config.max_num_seqs, config.max_model_len)
+        self._tokens_struct = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=self._input_sharding)
         try:
             self._pages, self._tokens = self._new_pool(), self._new_tokens()
         except (RuntimeError, MemoryError) as error:
@@ -89,8 +98,10 @@ class ModelRunner:
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._swap = PageSwap(config.num_host_slots, c.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
         self._sampling = SamplingTable(config.max_num_seqs)
-        step = make_step(model.graph, self._structure, min(MAX_CANDIDATES, c.vocab_size), config.attention_backend)
-        self._step = jit_step(step, self._pool_format)
+        vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, model.config.vocab_size)
+        most = min(MAX_CANDIDATES, model.config.vocab_size)
+        step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary)
+        self._step = jit_step(step if shares is None else shard_step(step, shares), self._pool_format)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
@@ -159,7 +170,7 @@ class ModelRunner:
         return jax.jit(lambda: jnp.zeros(struct.shape, struct.dtype), out_shardings=self._pool_format)()
 
     def _new_tokens(self) -> jax.Array:
-        return jnp.zeros(self._tokens_struct.shape, jnp.int32)
+        return jnp.zeros(self._tokens_struct.shape, jnp.int32, device=self._input_sharding)
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
@@ -200,12 +211,10 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        compiled = self._step.lower(
-            self._abstract_params,
-            self._pool_struct,
-            self._tokens_struct,
-            input_struct(bucket, -(-self.config.max_model_len // self.config.page_size)),
-        ).compile()
+        inputs = input_struct(bucket, -(-self.config.max_model_len // self.config.page_size))
+        if self._input_sharding is not None:
+            inputs = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), inputs)
+        compiled = self._step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return compiled
 

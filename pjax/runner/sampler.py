@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pjax.runner.vocabulary import WHOLE, Vocabulary
+
 MASKED = -jnp.inf
 
 
@@ -42,22 +44,23 @@ class Sampled:
     top_logprobs: jax.Array  # float32 [S, max_logprobs]
 
 
-def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, max_logprobs: int) -> Sampled:
-    """A token for each row of float32 logits [S, V].
+def sample(logits: jax.Array, positions: jax.Array, params: SamplingArrays, max_logprobs: int, vocabulary: Vocabulary = WHOLE) -> Sampled:
+    """A token for each row of float32 logits [S, V], or of a device's share of them, as `vocabulary` says.
 
     Args:
       positions: int32 [S], the position that the sampled token will have: with the row's seed it decides its draw.
       max_logprobs: how many of the likeliest tokens to report when any row asks for log-probabilities.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = vocabulary.without_padding(logits)
+    greedy = vocabulary.argmax(logits)
     tokens = lax.cond(
         jnp.any(params.temperature > 0),
-        lambda: jnp.where(params.temperature > 0, _draw(logits, positions, params), greedy),
+        lambda: jnp.where(params.temperature > 0, _draw(logits, positions, params, vocabulary), greedy),
         lambda: greedy,
     )
     return lax.cond(
         jnp.any(params.num_logprobs >= 0),
-        lambda: _with_logprobs(logits / params.logprob_temperature[:, None], tokens, max_logprobs),
+        lambda: _with_logprobs(logits / params.logprob_temperature[:, None], tokens, max_logprobs, vocabulary),
         lambda: _without_logprobs(tokens, max_logprobs),
     )
 
@@ -73,21 +76,22 @@ def _without_logprobs(tokens: jax.Array, count: int) -> Sampled:
     )
 
 
-def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Sampled:
+def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int, vocabulary: Vocabulary) -> Sampled:
     """Log-probabilities of the model itself, before temperature and filters, as vLLM and OpenAI report them; beams choose by them."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
-    ranks = jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32) + 1
-    top_logprobs, top_tokens = lax.top_k(logprobs, count)
-    return Sampled(tokens, chosen[:, 0], ranks, top_tokens.astype(jnp.int32), top_logprobs)
+    logprobs = vocabulary.log_softmax(logits)
+    chosen = vocabulary.take(logprobs, tokens)
+    ranks = vocabulary.sum(logprobs > chosen[:, None]) + 1
+    top_logprobs, top_tokens = vocabulary.top_k(logprobs, count)
+    return Sampled(tokens, chosen, ranks, top_tokens, top_logprobs)
 
 
-def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
+def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays, vocabulary: Vocabulary) -> jax.Array:
     temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
     # The likeliest token's logit becomes 0 before the division: however small the temperature, it stays finite.
-    scaled = filter_logits((logits - logits.max(axis=-1, keepdims=True)) / temperature[:, None], params)
-    noise = jax.vmap(lambda seed, position: _noise(seed, position, logits.shape[-1]))(params.seed, positions)
-    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    scaled = filter_logits((logits - vocabulary.max(logits)[:, None]) / temperature[:, None], params, vocabulary)
+    size, width = vocabulary.num_tokens(logits), logits.shape[-1]
+    noise = jax.vmap(lambda seed, position: vocabulary.own_columns(_noise(seed, position, size), width))(params.seed, positions)
+    return vocabulary.argmax(scaled + noise)
 
 
 def _noise(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
@@ -100,25 +104,26 @@ def _noise(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
     return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
 
 
-def filter_logits(logits: jax.Array, params: SamplingArrays) -> jax.Array:
+def filter_logits(logits: jax.Array, params: SamplingArrays, vocabulary: Vocabulary = WHOLE) -> jax.Array:
     """Logits (after temperature) with the tokens that min_p, top_k, then top_p drop set to -inf. Ties are kept."""
-    least = logits.max(axis=-1) + jnp.log(params.min_p)  # log(0) is -inf: off
+    least = vocabulary.max(logits) + jnp.log(params.min_p)  # log(0) is -inf: off
     logits = jnp.where(logits >= least[:, None], logits, MASKED)
     filters = jnp.any((params.top_k > 0) | (params.top_p < 1))
-    return lax.cond(filters, lambda: _top_p(_top_k(logits, params.top_k), params.top_p), lambda: logits)
+    return lax.cond(filters, lambda: _top_p(_top_k(logits, params.top_k, vocabulary), params.top_p, vocabulary), lambda: logits)
 
 
-def _top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    kept = jnp.where((top_k > 0) & (top_k < logits.shape[-1]), top_k, logits.shape[-1])
-    least = _largest_threshold(logits, lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32) >= kept)
+def _top_k(logits: jax.Array, top_k: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    size = vocabulary.num_tokens(logits)
+    kept = jnp.where((top_k > 0) & (top_k < size), top_k, size)
+    least = _largest_threshold(logits, lambda mask: vocabulary.sum(mask) >= kept)
     return jnp.where(_ordered_bits(logits) >= least[:, None], logits, MASKED)
 
 
-def _top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    weights = jax.nn.softmax(logits, axis=-1)
+def _top_p(logits: jax.Array, top_p: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    weights = vocabulary.softmax(logits)
     wanted = jnp.where(top_p < 1, top_p, 0.0)
     wanted = jnp.maximum(wanted, np.finfo(np.float32).tiny)  # however small p is, the likeliest token stays
-    least = _largest_threshold(logits, lambda mask: jnp.sum(jnp.where(mask, weights, 0.0), axis=-1) >= wanted)
+    least = _largest_threshold(logits, lambda mask: vocabulary.sum(jnp.where(mask, weights, 0.0)) >= wanted)
     return jnp.where((_ordered_bits(logits) >= least[:, None]) | (top_p >= 1)[:, None], logits, MASKED)
 
 

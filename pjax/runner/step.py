@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from pjax.models.attention import PagedContext
+from pjax.models.sharding import MODEL_AXIS, Shares
 from pjax.runner.batch import StepInput
 from pjax.runner.sampler import Sampled, sample
+from pjax.runner.vocabulary import WHOLE, Vocabulary
 
 LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
 
 
-def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None) -> Any:
+def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None, vocabulary: Vocabulary = WHOLE) -> Any:
     """The function `(params, pages, tokens, inputs) -> (pages, tokens, Sampled)` to be jitted with `pages` and `tokens` donated.
 
     `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step. `tokens`
@@ -30,11 +33,26 @@ def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None
         pages = copy_pages(pages, inputs.copies, inputs.num_copies, model.config.num_layers)
         context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
         hidden, pages = model(known_tokens(inputs, context.positions, tokens), pages, context)
-        sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs)
+        sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs, vocabulary)
         tokens = tokens.at[inputs.sample_rows, inputs.sample_positions].set(sampled.tokens, mode="drop")
         return pages, tokens, sampled
 
     return step
+
+
+POOL_SPEC = PartitionSpec(None, None, MODEL_AXIS)
+"""Of a pool in a mesh: each device's rows are those of its own KV heads, all keys and then all values."""
+
+
+def shard_step(step: Any, shares: Shares) -> Any:
+    """A step of one device's share as a step of the mesh: its parameters and pages are divided, all else is the same everywhere.
+
+    What goes between devices is what model and sampler say, and nothing else (docs/decisions/0007-tensor-parallel.md).
+    """
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(shares.abstract)]
+    whole = PartitionSpec()
+    ins, outs = (specs, POOL_SPEC, whole, whole), (POOL_SPEC, whole, whole)
+    return jax.shard_map(step, mesh=shares.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
 def jit_step(step: Any, pool_format: Any) -> Any:
@@ -65,7 +83,7 @@ def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_l
     return lax.fori_loop(0, num_copies, copy, by_layer).reshape(pages.shape)
 
 
-def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: int) -> Sampled:
+def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: int, vocabulary: Vocabulary = WHOLE) -> Sampled:
     """Logits and samples of the rows that need them: a chunk in the middle of a prompt pays for no head."""
     num_rows = hidden.shape[0]
     sizes = [size for size in LOGIT_ROWS if size < num_rows] + [num_rows]
@@ -81,4 +99,4 @@ def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: 
     else:
         which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
         logits = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
-    return sample(logits, inputs.sample_positions, inputs.sampling, max_logprobs)
+    return sample(logits, inputs.sample_positions, inputs.sampling, max_logprobs, vocabulary)

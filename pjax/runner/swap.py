@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Ints = npt.NDArray[np.int32]
 
@@ -38,7 +39,11 @@ class PageSwap:
         self._num_pages = rows // num_layers
         self._host = np.empty((num_slots, *self._page_shape), pool.dtype)
         self._arriving: deque[tuple[Ints, jax.Array]] = deque()
-        self._out = jax.jit(self._gather)
+        # Pages on the host are whole rows of all devices; on their way each device sends and gets its own.
+        self._data_sharding = pool_format.sharding
+        if isinstance(pool_format.sharding, NamedSharding):
+            self._data_sharding = NamedSharding(pool_format.sharding.mesh, PartitionSpec(None, *pool_format.sharding.spec))
+        self._out = jax.jit(self._gather, out_shardings=self._data_sharding)
         self._in = jax.jit(self._scatter, donate_argnums=0, out_shardings=pool_format)
         self._compiled: dict[int, Future[tuple[Any, Any]]] = {}
 
@@ -70,7 +75,7 @@ class PageSwap:
 
     def _compile(self, size: int) -> tuple[Any, Any]:
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
-        data = jax.ShapeDtypeStruct((size, *self._page_shape), self._pool_struct.dtype)
+        data = jax.ShapeDtypeStruct((size, *self._page_shape), self._pool_struct.dtype, sharding=self._data_sharding)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         return self._out.lower(self._pool_struct, ids).compile(), self._in.lower(self._pool_struct, ids, data, count).compile()
 
@@ -105,7 +110,9 @@ class PageSwap:
             while any(wanted.intersection(slots.tolist()) for slots, _ in self._arriving):
                 self._settle()
         for chunk, size in _chunks(ins):
-            data = jax.device_put(self._host[_padded(chunk[:, 0], size)])  # indexing copies, so the slots are free from here on
+            data = jax.device_put(
+                self._host[_padded(chunk[:, 0], size)], self._data_sharding
+            )  # indexing copies, so the slots are free from here on
             pages = self._copies(size)[1](pages, _padded(chunk[:, 1], size), data, np.int32(len(chunk)))
         return pages
 

@@ -111,6 +111,7 @@ class Compiled:
     # Bytes that ptxas spills (stores + loads), by kernel: all of XLA's kernels and those of Pallas.
     spills: dict[str, int] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
+    collectives: list[list[Any]] = field(default_factory=list)  # [kind, shape] of each
     error: str = ""
 
     def __str__(self) -> str:
@@ -210,6 +211,8 @@ def _compile(target: Target, job: Job, folder: Path) -> Compiled:
         if path.stat().st_size:
             printed += _ptxas(target, path)
     usage = parse_ptxas(printed)
+    from tests.aot.parallel_step import collectives
+
     return Compiled(
         name=job.name,
         seconds=seconds,
@@ -219,6 +222,7 @@ def _compile(target: Target, job: Job, folder: Path) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         spills={kernel: spilled for kernel, (spilled, _) in usage.items()},
         registers={kernel: registers for kernel, (_, registers) in usage.items()},
+        collectives=[[kind, list(shape)] for kind, shape in collectives(compiled.as_text())],
     )
 
 

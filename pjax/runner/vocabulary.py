@@ -1,0 +1,101 @@
+"""What sampling asks of logits, whether a device has all of them or its share of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Reductions over the last axis of arrays [S, V], or, under `jax.shard_map`, of each device's [S, V / devices].
+
+    Nothing but a few numbers a row goes between devices. What is said of one device holds for every row on all of them.
+    """
+
+    axis: str | None = None  # of the mesh that the vocabulary is divided over
+    size: int | None = None  # V, without padding; given where it is divided
+
+    def num_tokens(self, x: jax.Array) -> int:
+        """V."""
+        return x.shape[-1] if self.size is None else self.size
+
+    def _start(self, width: int) -> jax.Array | int:
+        return 0 if self.axis is None else lax.axis_index(self.axis) * width
+
+    def columns(self, ids: jax.Array, width: int) -> jax.Array:
+        """Where tokens stand in this device's `width` columns; `width` (to be dropped or masked) for those on another device."""
+        if self.axis is None:
+            return ids
+        own = ids - self._start(width)
+        return jnp.where((own >= 0) & (own < width), own, width)
+
+    def without_padding(self, logits: jax.Array) -> jax.Array:
+        """-inf where a divided vocabulary was padded to equal shares."""
+        if self.axis is None or self.size is None or lax.axis_size(self.axis) * logits.shape[-1] == self.size:
+            return logits
+        ids = self._start(logits.shape[-1]) + jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        return jnp.where(ids < self.size, logits, -jnp.inf)
+
+    def own_columns(self, row: jax.Array, width: int) -> jax.Array:
+        """This device's `width` columns of a whole row [V]."""
+        if self.axis is None:
+            return row
+        padded = jnp.pad(row, (0, lax.axis_size(self.axis) * width - len(row)))
+        return lax.dynamic_slice_in_dim(padded, self._start(width), width)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """[S]."""
+        own = x.max(axis=-1)
+        return own if self.axis is None else lax.pmax(own, self.axis)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """[S]; of booleans as int32."""
+        own = jnp.sum(x, axis=-1, dtype=jnp.int32 if x.dtype == jnp.bool_ else x.dtype)
+        return own if self.axis is None else lax.psum(own, self.axis)
+
+    def argmax(self, x: jax.Array) -> jax.Array:
+        """int32 [S]: the first of the largest."""
+        own = jnp.argmax(x, axis=-1).astype(jnp.int32)
+        if self.axis is None:
+            return own
+        best = x.max(axis=-1)
+        first = jnp.where(best == lax.pmax(best, self.axis), own + self._start(x.shape[-1]), 2**31 - 1)
+        return lax.pmin(first, self.axis)
+
+    def take(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        """[S]: of each row the value of its token."""
+        width = x.shape[-1]
+        columns = self.columns(ids, width)
+        own = jnp.take_along_axis(x, jnp.minimum(columns, width - 1)[:, None], axis=-1)[:, 0]
+        return own if self.axis is None else lax.psum(jnp.where(columns < width, own, 0), self.axis)
+
+    def top_k(self, x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """The `count` largest of each row and their tokens, int32; both [S, count]. Of equal ones the first tokens."""
+        values, tokens = lax.top_k(x, min(count, x.shape[-1]))
+        if self.axis is None:
+            return values, tokens.astype(jnp.int32)
+        tokens = tokens.astype(jnp.int32) + self._start(x.shape[-1])
+        values, tokens = (lax.all_gather(one, self.axis, axis=1, tiled=True) for one in (values, tokens))
+        values, places = lax.top_k(values, count)
+        return values, jnp.take_along_axis(tokens, places, axis=1)
+
+    def log_softmax(self, x: jax.Array) -> jax.Array:
+        """As `jax.nn.log_softmax`."""
+        if self.axis is None:
+            return jax.nn.log_softmax(x, axis=-1)
+        shifted = x - self.max(x)[:, None]
+        return shifted - jnp.log(self.sum(jnp.exp(shifted)))[:, None]
+
+    def softmax(self, x: jax.Array) -> jax.Array:
+        """As `jax.nn.softmax`."""
+        if self.axis is None:
+            return jax.nn.softmax(x, axis=-1)
+        weights = jnp.exp(x - self.max(x)[:, None])
+        return weights / self.sum(weights)[:, None]
+
+
+WHOLE = Vocabulary()

@@ -1,0 +1,113 @@
+"""The whole step divided over several TPUs or GPUs, through the real compilers: memory, collectives, and the two ways to run layers."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from pjax.models.sharding import MODEL_AXIS
+from pjax.pallas_kernels.pages import page_bytes
+from pjax.runner.batch import Bucket
+from pjax.runner.sampler import sample
+from tests.aot.gpu import TARGETS, Job, compile_in_process
+from tests.aot.parallel_step import MODELS, PAGE_SIZE, collectives, cycles_of_layers, greedy, make, own_bytes
+from tests.aot.tpu import mesh_of
+
+USABLE = {"v5e": 15.75, "v6e": 31.25}  # GiB: the compiler refuses more
+SHARE = 0.9  # of what the weights leave, as the engine takes
+DECODE, MIXED = Bucket(True, 64, 64), Bucket(False, 512, 64)
+SLACK = 96 << 20  # the head's logits, one layer's activations, one layer's weights where they are stacked
+
+
+def pool_and_tokens(model: str, size: int, mesh: Mesh, gib: float) -> tuple[int, int, int]:
+    """Bytes of weights and of a useful pool on each device, and the tokens that it holds."""
+    _, _, shares = make(model, mesh, "scan", DECODE, "xla", pool_bytes=1 << 30)
+    weights, own = own_bytes(shares), shares.config
+    pool = int(SHARE * (gib * 2**30 - weights))
+    one = page_bytes(own.num_layers, PAGE_SIZE, own.num_kv_heads, own.head_size, "bfloat16")
+    assert shares.size == size
+    return weights, pool, pool // one * PAGE_SIZE
+
+
+def check_collectives(found: list[tuple[str, tuple[int, ...]]], hidden: int, tokens: int, rows: int, sums: int) -> None:
+    """`sums` of [T, D], two a layer and the embedding's; the rest is the sampler's few numbers a row."""
+    assert found.count(("all-reduce", (tokens, hidden))) == sums, found
+    for kind, shape in found:
+        if shape != (tokens, hidden):
+            assert kind in ("all-reduce", "all-gather") and shape[0] == rows and int(np.prod(shape[1:])) <= 8 * 32, (kind, shape)
+
+
+@pytest.mark.parametrize(
+    ("topology", "model", "mode", "sampler", "least_tokens"),
+    [
+        ("v5e:2x2", "Llama-3-8B", "unroll", "greedy", 300_000),
+        ("v5e:2x4", "Llama-3-8B", "scan", "greedy", 750_000),
+        ("v6e:2x4", "Llama-3-70B", "scan", "greedy", 300_000),
+        ("v5e:2x4", "GPT-NeoX-20B", "scan", "whole", 70_000),
+    ],
+)
+def test_step_on_tpus(topology: str, model: str, mode: str, sampler: str, least_tokens: int) -> None:
+    """512 tokens of decode rows and chunks, so both kernels.
+
+    Every layer of every model; stacked ("scan") where unrolling them takes minutes. One has the whole sampler, which takes most of a
+    compilation and is the same for all; the others take the likeliest token.
+    """
+    mesh, generation = mesh_of(topology), topology.partition(":")[0]
+    weights, pool, tokens = pool_and_tokens(model, mesh.size, mesh, USABLE[generation])
+    call, arguments, _ = make(model, mesh, mode, MIXED, "tpu", pool_bytes=pool)
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        mock.patch("pjax.runner.step.sample", new={"greedy": greedy, "whole": sample}[sampler]),
+    ):
+        compiled = call.lower(*arguments).compile()  # refused when it does not fit
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    temporaries = memory.temp_size_in_bytes
+    print(f"\n{topology} {model} {mode}: weights {weights >> 20} MiB, pool {pool >> 20} MiB = {tokens} tokens", end="")
+    print(f", temporaries {temporaries / 2**20:.1f} MiB a chip")
+    config = MODELS[model][1]
+    num_layers = config["num_hidden_layers"] if mode == "unroll" else 1
+    check_collectives(collectives(text), config["hidden_size"], 512, 64, 2 * num_layers + 1)
+    own_layer = weights / config["num_hidden_layers"] if mode == "scan" else 0
+    assert temporaries < SLACK + 1.2 * own_layer < pool / 4
+    assert memory.alias_size_in_bytes > 0.98 * pool
+    assert memory.argument_size_in_bytes < 1.01 * (weights + pool) + (16 << 20)
+    assert tokens >= least_tokens
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_the_two_ways_to_run_layers(bucket: Bucket) -> None:
+    """By the compiler's own estimate of a layer's cycles (4 layers here): unrolled is faster, as each weight is read once."""
+    mesh, found = mesh_of("v5e:2x2"), dict[str, float]()
+    for mode in ("unroll", "scan"):
+        call, arguments, _ = make("Llama-3-8B", mesh, mode, bucket, "tpu", pool_bytes=1 << 30, num_layers=4)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), mock.patch("pjax.runner.step.sample", new=greedy):
+            text = call.lower(*arguments).compile().as_text()
+        found[mode] = cycles_of_layers(text, (bucket.num_tokens, 4096), 4)
+    print(f"\nv5e:2x2 Llama-3-8B, {bucket.num_tokens} tokens: {', '.join(f'{m} {c:,.0f} cycles a layer' for m, c in found.items())}")
+    assert found["unroll"] < found["scan"]
+
+
+def build(devices: Any, pool_bytes: int) -> Any:
+    """Llama-3-70B on 8 GPUs: 512 tokens of 64 rows. In a process of its own."""
+    mock.patch("pjax.runner.step.sample", new=greedy).start()
+    call, arguments, _ = make("Llama-3-70B", Mesh(np.array(devices), (MODEL_AXIS,)), "scan", MIXED, "triton", pool_bytes=pool_bytes)
+    return call, arguments
+
+
+def test_step_on_eight_h100s() -> None:
+    mesh = mesh_of("v6e:2x4")  # any eight devices: for the sizes
+    target = TARGETS["h100"]
+    weights, pool, tokens = pool_and_tokens("Llama-3-70B", 8, mesh, target.memory / 2**30 - 2)
+    (outcome,) = compile_in_process("h100", [Job("70B", "tests.aot.test_parallel_step:build", {"pool_bytes": pool})]).values()
+    print(f"\n8 x H100 Llama-3-70B scan: weights {weights >> 20} MiB, pool {pool >> 20} MiB = {tokens} tokens; {outcome}")
+    assert not outcome.error
+    check_collectives([(kind, tuple(shape)) for kind, shape in outcome.collectives], 8192, 512, 64, 3)
+    assert outcome.temp_bytes < SLACK + 1.2 * weights / 80 < pool / 4
+    assert outcome.alias_bytes > 0.98 * pool
+    assert outcome.argument_bytes + outcome.temp_bytes < target.memory - (1 << 30)  # what CUDA and its libraries take
+    assert tokens >= 1_000_000
