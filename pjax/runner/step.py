@@ -47,7 +47,7 @@ POOL_SPEC = PartitionSpec(None, None, MODEL_AXIS)
 def shard_step(step: Any, shares: Shares) -> Any:
     """A step of one device's share as a step of the mesh: its parameters and pages are divided, all else is the same everywhere.
 
-    What goes between devices is what model and sampler say, and nothing else (docs/decisions/0007-tensor-parallel.md).
+    What goes between devices is what model and sampler say, and nothing else (docs/decisions/0009-tensor-parallel.md).
     """
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(shares.abstract)]
     whole = PartitionSpec()
