@@ -56,7 +56,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """How many devices the model and its pages are divided over."""
     data_parallel_size: int = 1
-    """How many copies of the model, each on as many devices, share the requests of `LLM.generate`; an engine by itself is one."""
+    """How many copies of the model, each on as many devices, share the requests of `LLM.generate`; 1 for an engine by itself."""
     mesh: Any = None
     """A jax.sharding.Mesh to use instead; the model is divided over its axis "model", and the same over any other."""
     attention_backend: str | None = None

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pjax"):
             raise
-        print(f"pjax {args.command}: {error.name} is not installed; the server and its clients need pjax's extra of that name: pip install 'pjax[server]'", file=sys.stderr)
+        extra = "the server and its clients need an extra: pip install 'pjax[server]'"
+        print(f"pjax {args.command}: {error.name} is not installed; {extra}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pjax.server import ServerConfig
 
 DEMO = "the demo model"
+NO_FLAG = ("mesh", "data_parallel_size")  # of one engine; a mesh is an object, and several engines are for LLM.generate
 NOT_ASKED = ("n", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens")  # a text has no use for them
 
 
@@ -29,7 +30,7 @@ def add_model(parser: Parser, leave_out: tuple[str, ...] = (), **defaults: Any) 
 
 def add_engine(parser: Parser, leave_out: tuple[str, ...] = (), **defaults: Any) -> None:
     """A flag for each field of EngineConfig."""
-    add_fields(parser, EngineConfig, "engine", leave_out=leave_out, defaults=defaults)
+    add_fields(parser, EngineConfig, "engine", leave_out=(*leave_out, *NO_FLAG), defaults=defaults)
 
 
 def add_sampling(parser: Parser, **defaults: Any) -> None:

@@ -74,6 +74,8 @@ class LLMEngine:
         progress: bool = True,
     ) -> None:
         config = config or EngineConfig()
+        if config.data_parallel_size != 1:
+            raise ConfigError(f"data_parallel_size is {config.data_parallel_size}, but must be 1: several engines are for LLM.generate")
         use_compilation_cache(config.compilation_cache_dir)
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
