@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pjax.cli.common import NO_FLAG
 from pjax.config import EngineConfig
 from pjax.server import ServerConfig
 
