@@ -34,7 +34,7 @@ def test_the_document_is_current() -> None:
     assert script.written(text) == text, "run python scripts/write_serving_docs.py"
     named = {"api_keys": "api_key", "allowed_origins": "allowed_origin"}
     for item in (*fields(ServerConfig), *fields(EngineConfig)):
-        if item.name != "engine":
+        if item.name not in ("engine", *NO_FLAG):
             assert f"`--{named.get(item.name, item.name).replace('_', '-')}`" in text
     for name in ("POST /v1/chat/completions", "GET /engine/state", "vllm:num_requests_running", "vllm:prefix_cache_hits_total"):
         assert f"`{name}`" in text
