@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pjax.errors import ConfigError
@@ -61,6 +62,8 @@ class EngineConfig:
     """A jax.sharding.Mesh to use instead; the model is divided over its axis "model", and the same over any other."""
     attention_backend: str | None = None
     """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
+    logits_processors: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """JAX functions (logits float32 [S, V], token ids int32 [S, L], lengths int32 [S]) -> logits, by the names that requests give."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "data_parallel_size"):
@@ -84,6 +87,11 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}, but must be {getattr(kinds, '__name__', kinds)}")
         if not _is_number(self.seconds_per_priority) or not 0 < self.seconds_per_priority < float("inf"):
             raise ConfigError(f"seconds_per_priority is {self.seconds_per_priority!r}, but must be a number > 0")
+        if not isinstance(self.logits_processors, Mapping):
+            raise ConfigError(f"logits_processors is {self.logits_processors!r}, but must be functions by their names")
+        for name, process in self.logits_processors.items():
+            if not isinstance(name, str) or not name or not callable(process):
+                raise ConfigError(f"logits_processors has {name!r}: {process!r}, but must have functions by their names")
         if self.attention_backend not in (None, *ATTENTION_BACKENDS):
             raise ConfigError(f"attention_backend is {self.attention_backend!r}, but must be one of {', '.join(ATTENTION_BACKENDS)}")
         if self.dtype not in DTYPES:

@@ -99,6 +99,7 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             max_num_seqs=config.step_sizes[0],
             seed=config.seed,
+            logits_processors=frozenset(config.logits_processors),
         )
         self._views = Views(self.tokenizer)
         self._names = itertools.count()
@@ -139,7 +140,8 @@ class LLMEngine:
             preemption_mode=config.preemption_mode,
         )
         scheduler.kv.swap.cost.observe_copy(1, one_page / ASSUMED_COPY_RATE)
-        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, attention_backend=config.attention_backend))
+        limits |= {name: getattr(config, name) for name in ("attention_backend", "logits_processors")}
+        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype))
 
     def _wait_for_weights(self) -> None:
         if self._weights is not None:
@@ -311,6 +313,7 @@ class LLMEngine:
     def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         now, plan = time.monotonic(), step.plan
         places = {id(request): index for index, request in enumerate(plan.sampled)}
+        self._views.observe_prompt(plan, result.prompt)
         changed: dict[str, None] = {}  # in the order of the plan
         for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
             self._observe(request, result, places[id(request)], now)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pjax.errors import InvalidRequestError
 from pjax.outputs import RequestMetrics
-from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, SamplingParams
+from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, LogitRules, SamplingParams
 from pjax.scheduler import Request
 from pjax.scheduler.beam import BeamSearch, num_candidates
 from pjax.text.tokenizer import Tokenizer
@@ -39,6 +39,7 @@ class Intake:
         max_model_len: int,
         max_num_seqs: int,
         seed: int,
+        logits_processors: frozenset[str] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -46,6 +47,7 @@ class Intake:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._seed = seed
+        self._logits_processors = logits_processors
         self._numbers = itertools.count()
 
     def requests(
@@ -66,6 +68,9 @@ class Intake:
         ids = self._prompt_ids(prompt, request_id)
         self._check_salt(cache_salt, request_id)
         _check_turn(priority, timeout, request_id)
+        if isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None:
+            keep = params.truncate_prompt_tokens
+            ids = ids[-(self._max_model_len - 1 if keep == -1 else keep) :]
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
         room = max(self._max_model_len - len(ids), 0)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, max(room, 1))
@@ -88,8 +93,9 @@ class Intake:
             "priority": int(priority),
             "deadline": None if timeout is None else now + timeout,
             "beam": search,
+            "rules": self._rules(params, request_id),
         }
-        return [Request(**common, index=index, seed=0) for index in range(search.width if search else params.n)]
+        return [Request(**common, index=index, seed=0) for index in range(search.width if search else params.num_sequences)]
 
     def give_seeds(self, requests: list[Request]) -> None:
         """Seeds for the sequences of an accepted prompt; only such a one takes a number: a refused one must not change others' draws."""
@@ -108,8 +114,46 @@ class Intake:
         if params.stops and self._tokenizer is None:
             raise InvalidRequestError(f"stop strings need a tokenizer, but skip_tokenizer_init is set (request {request_id!r})")
         self._check_ids(params.stop_token_ids or (), "stop_token_ids", request_id)
-        if params.logprobs is not None and params.logprobs > self._vocab_size:
-            raise InvalidRequestError(f"logprobs is {params.logprobs}, but the vocabulary has {self._vocab_size} tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count > self._vocab_size:
+                raise InvalidRequestError(f"{name} is {count}, but the vocabulary has {self._vocab_size} tokens")
+        for name in params.logits_processors or ():
+            if name not in self._logits_processors:
+                known = ", ".join(sorted(self._logits_processors)) or "none"
+                raise InvalidRequestError(f"logits_processors has {name!r}, but the engine has {known} (request {request_id!r})")
+
+    def _rules(self, params: SamplingParams, request_id: str) -> LogitRules | None:
+        """What the parameters say of tokens, their ids checked; None when they say nothing."""
+        where = f"(request {request_id!r})"
+        self._check_ids(params.allowed_token_ids or (), "allowed_token_ids", request_id)
+        self._check_ids(tuple(params.logit_bias or ()), "logit_bias", request_id)
+        sequences = [tuple(ids) for ids in params.bad_words_ids or ()]
+        for ids in sequences:
+            self._check_ids(ids, "bad_words_ids", request_id)
+        for word in params.bad_words or ():
+            sequences += self._bad_word(word, where)
+        rules = LogitRules(
+            allowed=None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids),
+            banned=frozenset(ids[0] for ids in sequences if len(ids) == 1),
+            stops=self.eos_token_ids | frozenset(params.stop_token_ids or ()) if params.min_tokens else frozenset(),
+            bias=tuple((params.logit_bias or {}).items()),
+            bad_sequences=tuple(dict.fromkeys(ids for ids in sequences if len(ids) > 1)),
+        )
+        if rules == LogitRules():
+            return None
+        rules.check(self._vocab_size, where)
+        return rules
+
+    def _bad_word(self, word: str, where: str) -> list[tuple[int, ...]]:
+        """As vLLM: at the beginning of a text, and after a space where that makes another first token of as many."""
+        if self._tokenizer is None:
+            raise InvalidRequestError(f"bad_words need a tokenizer, but skip_tokenizer_init is set: give bad_words_ids {where}")
+        word = word.lstrip()
+        plain, spaced = (tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in (word, " " + word))
+        if not plain:
+            raise InvalidRequestError(f"bad_words has a text without tokens {where}")
+        return [plain, spaced] if len(spaced) == len(plain) and spaced[0] != plain[0] else [plain]
 
     def _check_beams(self, params: BeamSearchParams, num_eos: int, request_id: str) -> None:
         each = num_candidates(1, num_eos)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pjax.outputs import CompletionOutput, Logprob, RequestOutput
 from pjax.params import SamplingParams
 from pjax.runner import StepResult
-from pjax.scheduler import Request
+from pjax.runner.prompt_logprobs import PromptScores
+from pjax.scheduler import Request, StepPlan
 from pjax.scheduler.beam import BeamSearch
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.tokenizer import Tokenizer
@@ -30,6 +32,8 @@ class _Group:
 
     prompt: str | None
     sequences: list[SequenceView]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    """With the first one, which has none, and others missing as long as the prompt is not computed."""
 
 
 class Views:
@@ -50,17 +54,38 @@ class Views:
         def view(request: Request) -> SequenceView:
             return SequenceView(request, Detokenizer(tokenizer, first.prompt_token_ids, params) if tokenizer else None)
 
-        self._groups[first.request_id] = _Group(prompt, [view(request) for request in requests])
+        scores: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            scores = [None] * len(first.prompt_token_ids)
+        self._groups[first.request_id] = _Group(prompt, [view(request) for request in requests], scores)
 
     def forget(self, request_id: str) -> None:
         """Follows a request no longer."""
         self._groups.pop(request_id, None)
 
+    def observe_prompt(self, plan: StepPlan, scores: PromptScores | None) -> None:
+        """Takes the log-probabilities of prompt tokens that a step has computed; those computed again are the same."""
+        first = 0
+        for index, start, end in plan.scored:
+            assert scores is not None
+            request = plan.requests[index]
+            group = self._groups.get(request.request_id)
+            if group is not None and group.prompt_logprobs is not None:
+                count, detokenize = request.params.prompt_logprobs or 0, request.params.detokenize
+                for place, position in enumerate(range(start + 1, end + 1), first):
+                    row = (scores.logprobs[place], scores.ranks[place], scores.top_tokens[place], scores.top_logprobs[place])
+                    group.prompt_logprobs[position] = self._entries(request.prompt_token_ids[position], *row, count, detokenize)
+            first += end - start
+
     def observe(self, request: Request, result: StepResult, index: int) -> str | None:
         """Takes a sequence's newest token, sample `index` of the step; the stop string that its text ends with, if any."""
         sequence = self._groups[request.request_id].sequences[request.index]
+        if request.params.needs_logprobs:
+            sequence.cumulative_logprob += float(result.logprobs[index])
         if request.params.logprobs is not None:
-            self._add_logprobs(sequence, result, index, request.params.logprobs)
+            row = (result.logprobs[index], result.ranks[index], result.top_tokens[index], result.top_logprobs[index])
+            token = int(result.tokens[index])
+            sequence.logprobs.append(self._entries(token, *row, request.params.logprobs, sequence.detokenizer is not None))
         if sequence.detokenizer is None:
             return None
         # As in vLLM: the text of the token that ended it is kept only if asked for.
@@ -70,22 +95,20 @@ class Views:
             sequence.text += sequence.detokenizer.finish()
         return sequence.detokenizer.stop_reason
 
-    def _add_logprobs(self, sequence: SequenceView, result: StepResult, index: int, count: int) -> None:
-        token = int(result.tokens[index])
-        entries = {token: (float(result.logprobs[index]), int(result.ranks[index]))}
-        for rank in range(count):
-            other = int(result.top_tokens[index, rank])
-            entries.setdefault(other, (float(result.top_logprobs[index, rank]), rank + 1))
-        decode = self._tokenizer.decode if sequence.detokenizer is not None and self._tokenizer else None
-        sequence.logprobs.append(
-            {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
-        )
-        sequence.cumulative_logprob += entries[token][0]
+    def _entries(
+        self, token: int, logprob: Any, rank: Any, top_tokens: Any, top_logprobs: Any, count: int, detokenize: bool
+    ) -> dict[int, Logprob]:
+        """The token's own, then those of the `count` likeliest."""
+        entries = {token: (float(logprob), int(rank))}
+        for place in range(count):
+            entries.setdefault(int(top_tokens[place]), (float(top_logprobs[place]), place + 1))
+        decode = self._tokenizer.decode if detokenize and self._tokenizer else None
+        return {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
 
     def output(self, request_id: str) -> RequestOutput:
         """A request as it is; forgotten when all its sequences have ended."""
         group = self._groups[request_id]
-        first = group.sequences[0].request
+        first, scores = group.sequences[0].request, group.prompt_logprobs
         finished = all(sequence.request.finish_reason is not None for sequence in group.sequences)
         if finished:
             del self._groups[request_id]
@@ -93,8 +116,9 @@ class Views:
             request_id=request_id,
             prompt=group.prompt,
             prompt_token_ids=list(first.prompt_token_ids),
-            outputs=[_completion(sequence) for sequence in group.sequences] if first.beam is None else self._found(first.beam, group),
+            outputs=_completions(group.sequences) if first.beam is None else self._found(first.beam, group),
             finished=finished,
+            prompt_logprobs=list(scores) if scores is not None and None not in scores[1:] else None,
             num_cached_tokens=first.num_cached_tokens,
             metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
         )
@@ -121,14 +145,22 @@ class Views:
         ]
 
 
-def _completion(sequence: SequenceView) -> CompletionOutput:
+def _completions(sequences: list[SequenceView]) -> list[CompletionOutput]:
+    """All of them, or of `best_of` the n likeliest so far."""
+    n = sequences[0].request.params.n
+    if len(sequences) > n:
+        sequences = sorted(sequences, key=lambda sequence: -sequence.cumulative_logprob)[:n]
+    return [_completion(sequence, index) for index, sequence in enumerate(sequences)]
+
+
+def _completion(sequence: SequenceView, index: int) -> CompletionOutput:
     request = sequence.request
     wants_logprobs = request.params.logprobs is not None
     return CompletionOutput(
-        index=request.index,
+        index=index,
         text=sequence.text,
         token_ids=list(request.output_token_ids),
-        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+        cumulative_logprob=sequence.cumulative_logprob if request.params.needs_logprobs else None,
         logprobs=list(sequence.logprobs) if wants_logprobs else None,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,

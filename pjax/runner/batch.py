@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pjax.pallas_kernels import RaggedBatch
-from pjax.params import SamplingParams
-from pjax.runner.sampler import SamplingArrays
+from pjax.runner.prompt_logprobs import ScoredTokens, pack_scored, scored_struct
+from pjax.runner.rules import RuleTables, tables_struct
+from pjax.runner.sampling_arrays import PackedSampling, SamplingTable, sampling_struct
 from pjax.scheduler.plan import StepPlan
 
 Ints = npt.NDArray[np.int32]
@@ -64,66 +65,39 @@ class StepInput:
     num_samples: jax.Array  # int32 []
     copies: jax.Array  # int32 [S, 2]: pages to copy before anything is written, from and to
     num_copies: jax.Array  # int32 []
-    sampling: SamplingArrays  # in the order of sample_tokens
+    sampling: PackedSampling  # in the order of sample_tokens
+    rules: RuleTables  # of R rows, as the token table
+    scored: ScoredTokens | None  # prompt tokens whose log-probabilities are wanted; None in buckets of decode rows alone
 
 
-class SamplingTable:
-    """Sampling parameters by table row, written when a request gets a row and gathered at every step."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._owners: list[object | None] = [None] * num_rows
-        self.temperature = np.zeros(num_rows, np.float32)
-        self.top_k = np.zeros(num_rows, np.int32)
-        self.top_p = np.ones(num_rows, np.float32)
-        self.min_p = np.zeros(num_rows, np.float32)
-        self.seed = np.zeros((num_rows, 2), np.uint32)
-        self.num_logprobs = np.full(num_rows, -1, np.int32)
-        self.logprob_temperature = np.ones(num_rows, np.float32)
-
-    def set(self, row: int, owner: object, params: SamplingParams, seed: int, logprob_temperature: float = 1.0) -> None:
-        """Writes a row, unless it is this owner's already."""
-        if self._owners[row] is owner:
-            return
-        self._owners[row] = owner
-        self.temperature[row] = params.temperature
-        self.top_k[row] = min(max(params.top_k, 0), 2**31 - 1)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.seed[row] = (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
-        self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.logprob_temperature[row] = logprob_temperature
-
-    def gather(self, rows: Ints, size: int) -> SamplingArrays:
-        """The rows' parameters, padded to `size` with greedy rows."""
-        count = len(rows)
-
-        def take(array: npt.NDArray[np.generic], fill: float) -> npt.NDArray[np.generic]:
-            out = np.full((size, *array.shape[1:]), fill, array.dtype)
-            out[:count] = array[rows]
-            return out
-
-        fields = (take(self.temperature, 0), take(self.top_k, 0), take(self.top_p, 1), take(self.min_p, 0), take(self.seed, 0))
-        return SamplingArrays(*fields, take(self.num_logprobs, -1), take(self.logprob_temperature, 1))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
-
-
-def input_struct(bucket: Bucket, table_width: int) -> StepInput:
+def input_struct(bucket: Bucket, table_width: int, *, max_num_seqs: int, vocab_size: int) -> StepInput:
     """Shapes and types of a bucket's arrays, for block tables [S, W]."""
     rows = bucket.num_rows
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def floats(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
     batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, table_width), ints(), decode_only=bucket.decode_only)
-    seeds: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
-    sampling = SamplingArrays(floats(rows), ints(rows), floats(rows), floats(rows), seeds, ints(rows), floats(rows))
     each = ints(rows)
-    return StepInput(ints(bucket.num_tokens), each, batch, each, each, each, ints(), ints(rows, 2), ints(), sampling)
+    return StepInput(
+        ints(bucket.num_tokens),
+        each,
+        batch,
+        each,
+        each,
+        each,
+        ints(),
+        ints(rows, 2),
+        ints(),
+        sampling_struct(rows),
+        tables_struct(max_num_seqs, vocab_size),
+        None if bucket.decode_only else scored_struct(bucket.num_tokens),
+    )
 
 
-def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket) -> StepInput:
+def pack(
+    plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket, rules: RuleTables | None = None
+) -> StepInput:
     """The plan as a bucket's arrays; samples and copies in the plan's order.
 
     Decode rows are sorted by length, longest first: rows that the CPU's attention serves together then end together.
@@ -131,6 +105,7 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
     Args:
       tokens: int32 [rows, max_model_len], every row's tokens; -1 where a step in flight samples it.
       block_tables: int32 [rows, W].
+      rules: as they are on the device; only a plan that is packed for no device does without.
     """
     order = np.arange(len(plan.rows))
     order[: plan.num_decode] = np.argsort(-plan.starts[: plan.num_decode], kind="stable")
@@ -176,4 +151,6 @@ def pack(plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTab
         copies,  # type: ignore[arg-type]
         np.int32(len(plan.copies)),  # type: ignore[arg-type]
         sampling.gather(plan.sample_rows, bucket.num_rows),
+        rules,  # type: ignore[arg-type]
+        None if bucket.decode_only else pack_scored(plan, row_starts[place], bucket.num_tokens),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,9 +20,14 @@ from pjax.errors import ConfigError
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
-from pjax.params import MAX_CANDIDATES
-from pjax.runner.batch import Bucket, Ints, SamplingTable, find_bucket, input_struct, make_buckets, pack
+from pjax.params import MAX_CANDIDATES, LogitRules
+from pjax.runner.adjust import LogitsProcessor
+from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
+from pjax.runner.processors import check_processors
+from pjax.runner.prompt_logprobs import PromptScores
+from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens
 from pjax.runner.sampler import Sampled
+from pjax.runner.sampling_arrays import SamplingTable, flags_of
 from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
 from pjax.runner.swap import PageSwap
 from pjax.runner.vocabulary import WHOLE, Vocabulary
@@ -45,6 +50,7 @@ class RunnerConfig:
     kv_cache_dtype: str
     attention_backend: str | None = None
     num_host_slots: int = 0  # pages of preempted requests in host memory
+    logits_processors: Mapping[str, LogitsProcessor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class StepResult:
     ranks: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     top_tokens: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     top_logprobs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    prompt: PromptScores | None = None
+    """Of the tokens of `plan.scored`, one after the other; None when there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,10 @@ class InFlight:
     """A step that was dispatched."""
 
     sampled: Sampled
+    prompt: PromptScores | None
     num_samples: int
     wants_logprobs: bool
+    num_scored: int
 
 
 class ModelRunner:
@@ -98,9 +108,14 @@ class ModelRunner:
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._swap = PageSwap(config.num_host_slots, c.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
         self._sampling = SamplingTable(config.max_num_seqs)
-        vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, model.config.vocab_size)
-        most = min(MAX_CANDIDATES, model.config.vocab_size)
-        step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary)
+        self._vocab_size = model.config.vocab_size
+        self._rules = empty_tables(config.max_num_seqs, self._vocab_size, self._input_sharding)
+        processors = config.logits_processors
+        check_processors(processors, [bucket.num_rows for bucket in self.buckets], config.max_model_len, self._vocab_size)
+        self._processors = {name: index for index, name in enumerate(processors)}
+        vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
+        most = min(MAX_CANDIDATES, self._vocab_size)
+        step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary, tuple(processors.values()))
         self._step = jit_step(step if shares is None else shard_step(step, shares), self._pool_format)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
@@ -128,28 +143,45 @@ class ModelRunner:
           tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables. They may change as soon as
             this returns.
         """
-        for request in plan.sampled:
-            temperature = 1.0 if request.beam is None else request.beam.temperature
-            self._sampling.set(request.row, request, request.params, request.seed, temperature)
+        self._write_rows(plan)
         num_rows = max(len(plan.rows), len(plan.sampled))
-        bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows))
-        inputs = pack(plan, tokens, block_tables, self._sampling, bucket)
+        bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
+        inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         step = self._compiled_step(bucket)
         if self._swap is not None:
             self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
         self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
-        wants_logprobs = any(request.params.logprobs is not None for request in plan.sampled)
-        for array in jax.tree.leaves(sampled) if wants_logprobs else [sampled.tokens]:
+        prompt, sampled = sampled.prompt, replace(sampled, prompt=None)
+        wants_logprobs = any(request.params.needs_logprobs for request in plan.sampled)
+        num_scored = sum(end - start for _, start, end in plan.scored)
+        for array in jax.tree.leaves((sampled if wants_logprobs else sampled.tokens, prompt if num_scored else None)):
             array.copy_to_host_async()
-        return InFlight(sampled, len(plan.sampled), wants_logprobs)
+        return InFlight(sampled, prompt, len(plan.sampled), wants_logprobs, num_scored)
+
+    def _write_rows(self, plan: StepPlan) -> None:
+        """Parameters, rules and earlier tokens of requests that are new in their rows."""
+        for request in plan.sampled:
+            params, row = request.params, np.int32(request.row)
+            temperature = 1.0 if request.beam is None else request.beam.temperature
+            flags = flags_of(request.rules, [self._processors[name] for name in params.logits_processors or ()])
+            turn, length = request.metrics.num_preemptions, len(request.prompt_token_ids)
+            if not self._sampling.set(request.row, request, params, request.seed, temperature, turn=turn, prompt_len=length, flags=flags):
+                continue
+            if request.rules is not None:
+                self._rules = write_row(self._rules, row, as_row(request.rules, self._vocab_size))
+            if params.needs_history:
+                known = np.full(self.config.max_model_len, -1, np.int32)
+                known[: request.num_tokens] = request.tokens_between(0, request.num_tokens)
+                self._tokens = write_tokens(self._tokens, row, known)
 
     def fetch(self, step: InFlight) -> StepResult:
         """Waits for a step's tokens. An exception of the device comes here."""
         tokens = np.asarray(step.sampled.tokens)[: step.num_samples]
+        prompt = jax.tree.map(lambda array: np.asarray(array)[: step.num_scored], step.prompt) if step.num_scored else None
         if not step.wants_logprobs:
-            return StepResult(tokens)
+            return StepResult(tokens, prompt=prompt)
         host = jax.tree.map(lambda array: np.asarray(array)[: step.num_samples], step.sampled)
-        return StepResult(tokens, host.logprobs, host.ranks, host.top_tokens, host.top_logprobs)
+        return StepResult(tokens, host.logprobs, host.ranks, host.top_tokens, host.top_logprobs, prompt)
 
     def restore_pages(self) -> bool:
         """Waits for what is in flight, and makes a new pool if a failed step has taken the old one with it; True if it did.
@@ -174,6 +206,9 @@ class ModelRunner:
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
+        row = np.int32(0)
+        self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
+        self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
         wanted = [bucket for bucket in (self.buckets if buckets is None else buckets) if bucket not in self._compiled]
         for bucket in wanted:
             self.prefetch(bucket)
@@ -211,7 +246,8 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
-        inputs = input_struct(bucket, -(-self.config.max_model_len // self.config.page_size))
+        width = -(-self.config.max_model_len // self.config.page_size)
+        inputs = input_struct(bucket, width, max_num_seqs=self.config.max_num_seqs, vocab_size=self._vocab_size)
         if self._input_sharding is not None:
             inputs = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), inputs)
         compiled = self._step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()

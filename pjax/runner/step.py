@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,19 +14,28 @@ from jax.sharding import PartitionSpec
 
 from pjax.models.attention import PagedContext
 from pjax.models.sharding import MODEL_AXIS, Shares
+from pjax.runner.adjust import LogitsProcessor, adjust_logits, needs_adjusting
 from pjax.runner.batch import StepInput
+from pjax.runner.prompt_logprobs import score_prompt
 from pjax.runner.sampler import Sampled, sample
 from pjax.runner.vocabulary import WHOLE, Vocabulary
 
 LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
 
 
-def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None, vocabulary: Vocabulary = WHOLE) -> Any:
+def make_step(
+    graph: Any,
+    structure: Any,
+    max_logprobs: int,
+    backend: str | None,
+    vocabulary: Vocabulary = WHOLE,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Any:
     """The function `(params, pages, tokens, inputs) -> (pages, tokens, Sampled)` to be jitted with `pages` and `tokens` donated.
 
     `params` is the flat list of the model's arrays: flattening a module at each call costs more than a small step. `tokens`
     int32 [rows, max_model_len] keeps what is sampled, by row of the sequence table and position: the next step finds there
-    what has not reached the host yet.
+    what has not reached the host yet. It has all earlier tokens of the rows whose sampling depends on them.
     """
 
     def step(params: Sequence[jax.Array], pages: jax.Array, tokens: jax.Array, inputs: StepInput) -> tuple[jax.Array, jax.Array, Sampled]:
@@ -33,7 +43,9 @@ def make_step(graph: Any, structure: Any, max_logprobs: int, backend: str | None
         pages = copy_pages(pages, inputs.copies, inputs.num_copies, model.config.num_layers)
         context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
         hidden, pages = model(known_tokens(inputs, context.positions, tokens), pages, context)
-        sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, max_logprobs, vocabulary)
+        sampled = sample_rows(model, hidden[inputs.sample_tokens], inputs, tokens, max_logprobs, vocabulary, processors)
+        if inputs.scored is not None:
+            sampled = replace(sampled, prompt=score_prompt(model, hidden, inputs.scored, vocabulary))
         tokens = tokens.at[inputs.sample_rows, inputs.sample_positions].set(sampled.tokens, mode="drop")
         return pages, tokens, sampled
 
@@ -83,7 +95,15 @@ def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_l
     return lax.fori_loop(0, num_copies, copy, by_layer).reshape(pages.shape)
 
 
-def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: int, vocabulary: Vocabulary = WHOLE) -> Sampled:
+def sample_rows(
+    model: Any,
+    hidden: jax.Array,
+    inputs: StepInput,
+    tokens: jax.Array,
+    max_logprobs: int,
+    vocabulary: Vocabulary = WHOLE,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Sampled:
     """Logits and samples of the rows that need them: a chunk in the middle of a prompt pays for no head."""
     num_rows = hidden.shape[0]
     sizes = [size for size in LOGIT_ROWS if size < num_rows] + [num_rows]
@@ -99,4 +119,9 @@ def sample_rows(model: Any, hidden: jax.Array, inputs: StepInput, max_logprobs: 
     else:
         which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
         logits = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
-    return sample(logits, inputs.sample_positions, inputs.sampling, max_logprobs, vocabulary)
+    positions, params = inputs.sample_positions, inputs.sampling.unpack()
+
+    def adjust(logits: jax.Array) -> jax.Array:
+        return adjust_logits(logits, positions, params, inputs.rules, tokens, processors, vocabulary)
+
+    return sample(logits, positions, params, max_logprobs, vocabulary, adjust, needs_adjusting(positions, params))

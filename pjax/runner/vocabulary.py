@@ -47,6 +47,10 @@ class Vocabulary:
         padded = jnp.pad(row, (0, lax.axis_size(self.axis) * width - len(row)))
         return lax.dynamic_slice_in_dim(padded, self._start(width), width)
 
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All columns of all devices, without padding: [S, V]."""
+        return x if self.axis is None else lax.all_gather(x, self.axis, axis=1, tiled=True)[:, : self.size]
+
     def max(self, x: jax.Array) -> jax.Array:
         """[S]."""
         own = x.max(axis=-1)

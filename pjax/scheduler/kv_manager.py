@@ -83,9 +83,10 @@ class KVManager:
     def find_cached(self, request: Request) -> list[int]:
         """Pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
 
+        None where the prompt's log-probabilities are wanted, for they are computed with it.
         Whole pages only: where the last page is cached too, it is computed again into a page of the request's own.
         """
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or request.scores_prompt:
             return []
         found = []
         limit = (request.num_tokens - 1) // self.page_size

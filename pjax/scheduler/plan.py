@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
@@ -31,6 +31,8 @@ class StepPlan:
     copies: npt.NDArray[np.int32]  # [c, 2], c <= n: pages to be copied, from and to, one after the other, before anything is written
     swap_outs: npt.NDArray[np.int32]  # [o, 2]: pages to be copied to host slots, before all else
     swap_ins: npt.NDArray[np.int32]  # [i, 2]: host slots to be copied to pages, then
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
+    """Row of the plan, first and last + 1 position of the prompt tokens whose next token's log-probability is wanted."""
 
     @classmethod
     def make(
@@ -67,9 +69,18 @@ class StepPlan:
             copies=np.array(copies, np.int32).reshape(-1, 2),
             swap_outs=np.array(swap_outs, np.int32).reshape(-1, 2),
             swap_ins=np.array(swap_ins, np.int32).reshape(-1, 2),
+            scored=[span for index, request in enumerate(requests) if (span := _scored(index, request, counts[index]))],
         )
 
     @property
     def num_tokens(self) -> int:
         """Packed tokens of the step."""
         return int(self.counts.sum())
+
+
+def _scored(index: int, request: Request, count: int) -> tuple[int, int, int] | None:
+    """Of the positions that a row computes, those before another token of a prompt that is to be scored."""
+    if request.params.prompt_logprobs is None or not request.scores_prompt:
+        return None
+    start, end = request.num_computed, min(request.num_computed + count, len(request.prompt_token_ids) - 1)
+    return (index, start, end) if start < end else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pjax.outputs import RequestMetrics
-from pjax.params import SamplingParams
+from pjax.params import LogitRules, SamplingParams
 from pjax.scheduler.beam import BeamSearch, Candidates
 
 
@@ -36,6 +36,8 @@ class Request:
     """Empty when end-of-sequence is ignored."""
     seed: int
     metrics: RequestMetrics
+    rules: LogitRules | None = None
+    """None when there are none."""
     cache_salt: str | None = None
     """Its pages are shared only with requests of the same salt."""
     priority: int = 0
@@ -79,6 +81,11 @@ class Request:
         """Tokens once the steps under way have ended; which ones a beam goes on with is chosen on the host."""
         known = len(self.prompt_token_ids) + len(self.output_token_ids)
         return known + self.num_in_flight if self.beam is None else known
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted and not all there: of its sequences the first computes all of it."""
+        return self.params.prompt_logprobs is not None and self.index == 0 and not self.output_token_ids
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Tokens `[start, end)` of prompt and output together."""

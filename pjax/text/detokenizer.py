@@ -26,6 +26,7 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
         self._stops = params.stops
         self._include_stop = params.include_stop_str_in_output
+        self._min_tokens, self._num_tokens = params.min_tokens, 0
         self._longest_stop = max((len(stop) for stop in self._stops), default=0)
         self._ids = [token for token in prompt_ids[-4 * CONTEXT :] if self._has_text(token)][-CONTEXT:]
         self._prefix, self._read = 0, len(self._ids)
@@ -43,12 +44,13 @@ class Detokenizer:
         """Takes new tokens; returns the text that is final now, often none."""
         if self.stop_reason is not None:
             return ""
-        fresh = ""
+        text = ""
         for token in token_ids:
-            if self._has_text(token):
+            self._num_tokens += 1
+            if self._has_text(token) and self.stop_reason is None:
                 self._ids.append(token)
-                fresh += self._next_text()
-        return self._emit(self._release(fresh))
+                text += self._release(self._next_text())
+        return self._emit(text)
 
     def finish(self) -> str:
         """What was held back; bytes that never became a character are U+FFFD. No token may follow."""
@@ -110,11 +112,14 @@ class Detokenizer:
         return self._read if held < 4 * MAX_HELD else end  # nothing that UTF-8 could still finish
 
     def _release(self, fresh: str) -> str:
-        """Cuts at a stop string; holds back an end that one may begin with."""
+        """Cuts at a stop string that ends in the fresh text; holds back an end that one may begin with."""
         if not self._stops:
             return fresh
         text = self._held + fresh
-        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        found: list[tuple[int, str]] = []
+        if self._num_tokens > self._min_tokens:
+            starts = [(text.find(stop, max(len(self._held) - len(stop) + 1, 0)), stop) for stop in self._stops]
+            found = [(start, stop) for start, stop in starts if start >= 0]
         if found:
             # The first to be complete wins, however the text came in pieces; of those, the first to begin.
             start, stop = min(found, key=lambda item: (item[0] + len(item[1]), item[0]))

@@ -44,5 +44,5 @@ def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> 
     order: Any = pool_format(sharding)
     pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
     tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, 8192), jnp.int32))
-    inputs = jax.tree.map(placed, input_struct(bucket, 8192 // PAGE_SIZE))
+    inputs = jax.tree.map(placed, input_struct(bucket, 8192 // PAGE_SIZE, max_num_seqs=bucket.num_rows, vocab_size=config.vocab_size))
     return jit_step(make_step(graph, structure, 32, backend), order), (list(map(placed, leaves)), pool, tokens, inputs)

@@ -58,7 +58,7 @@ def make(
     tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, MAX_LEN), jnp.int32))
     arguments = (
         leaves, jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order), tokens,
-        jax.tree.map(placed, input_struct(bucket, MAX_LEN // PAGE_SIZE)),
+        jax.tree.map(placed, input_struct(bucket, MAX_LEN // PAGE_SIZE, max_num_seqs=bucket.num_rows, vocab_size=config.vocab_size)),
     )  # fmt: skip
     return jit_step(shard_step(step, shares), order), arguments, shares
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
-from pjax.runner.batch import Bucket, SamplingTable, find_bucket, make_buckets, pack
+from pjax.runner.batch import Bucket, find_bucket, make_buckets, pack
+from pjax.runner.sampling_arrays import SamplingTable
 from pjax.scheduler import Request, StepPlan
 
 COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs", "logprob_temperature")
@@ -97,7 +98,7 @@ def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, c
         "num_copies": packed.num_copies,
     }
     out = {name: np.asarray(array).tolist() for name, array in named.items()}
-    columns = [np.asarray(getattr(packed.sampling, name)).tolist() for name in COLUMNS]
+    columns = [np.asarray(getattr(packed.sampling.unpack(), name)).tolist() for name in COLUMNS]
     out["sampling"] = [tuple(tuple(x) if isinstance(x, list) else x for x in values) for values in zip(*columns, strict=True)]
     return out
 
@@ -201,13 +202,13 @@ def test_decode_rows_of_one_length_stay_in_order() -> None:
 def test_a_row_of_the_sampling_table_has_its_last_owner() -> None:
     table, first, second = SamplingTable(3), object(), object()
     table.set(1, first, SamplingParams(temperature=0.5, top_k=2**40, logprobs=0), 2**63 - 1)
-    (row,) = zip(*(getattr(table.gather(np.array([1]), 1), name).tolist() for name in COLUMNS), strict=True)
+    (row,) = zip(*(getattr(table.gather(np.array([1]), 1).unpack(), name).tolist() for name in COLUMNS), strict=True)
     assert row == (0.5, 2**31 - 1, 1.0, 0.0, [2**31 - 1, 2**32 - 1], 0, 1.0)
     table.set(1, first, SamplingParams(temperature=0.25), 0)
-    assert table.temperature.tolist() == [0, 0.5, 0], "parameters of one request never change"
+    assert table.gather(np.arange(3), 3).unpack().temperature.tolist() == [0, 0.5, 0], "parameters of one request never change"
     table.set(1, second, SamplingParams(temperature=0.25, top_p=0.5), 3)
     table.set(0, first, SamplingParams(temperature=1.5, logprobs=4), 4)
-    gathered = table.gather(np.array([1, 0, 1], np.int32), 4)
+    gathered = table.gather(np.array([1, 0, 1], np.int32), 4).unpack()
     assert gathered.temperature.tolist() == [0.25, 1.5, 0.25, 0] and gathered.top_p.tolist() == [0.5, 1, 0.5, 1]
     assert gathered.seed.tolist() == [[0, 3], [0, 4], [0, 3], [0, 0]] and gathered.num_logprobs.tolist() == [-1, 4, -1, -1]
     assert gathered.top_k.tolist() == [0, 0, 0, 0]

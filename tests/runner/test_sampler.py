@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from pjax.runner.sampler import Sampled, SamplingArrays, filter_logits, sample
+from pjax.runner.filters import filter_logits
+from pjax.runner.sampler import Sampled, sample
+from pjax.runner.sampling_arrays import SamplingArrays
 
 VOCABS = (1, 2, 5, 255, 256, 257, 1000)
 P = np.array([0.4, 0.3, 0.2, 0.1])
@@ -30,8 +32,16 @@ def make_params(rows: int, **columns: Any) -> SamplingArrays:
         "seed": np.stack([np.zeros(rows), np.arange(rows)], 1),
         "num_logprobs": -1,
         "logprob_temperature": 1,
+        "typical_p": 1,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "rows": np.arange(rows),
+        "prompt_lens": 0,
+        "min_lens": 0,
+        "flags": 0,
     }
-    types = {"top_k": np.int32, "seed": np.uint32, "num_logprobs": np.int32}
+    types = dict.fromkeys(("top_k", "num_logprobs", "rows", "prompt_lens", "min_lens", "flags"), np.int32) | {"seed": np.uint32}
     arrays: dict[str, Any] = {}
     for name, value in (defaults | columns).items():
         shape = (rows, 2) if name == "seed" else (rows,)
