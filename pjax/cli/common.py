@@ -16,8 +16,21 @@ if TYPE_CHECKING:
     from pjax.server import ServerConfig
 
 DEMO = "the demo model"
-NO_FLAG = ("mesh", "data_parallel_size")  # of one engine; a mesh is an object, and several engines are for LLM.generate
-NOT_ASKED = ("n", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens")  # a text has no use for them
+NO_FLAG = (
+    "mesh",
+    "data_parallel_size",
+    "logits_processors",
+)  # of one engine; a mesh is an object, and several engines are for LLM.generate
+NOT_ASKED = (
+    "n",
+    "logprobs",
+    "prompt_logprobs",
+    "detokenize",
+    "skip_special_tokens",
+    "bad_words_ids",
+    "best_of",
+    "logits_processors",
+)  # a text has no use for them
 
 
 def add_model(parser: Parser, leave_out: tuple[str, ...] = (), **defaults: Any) -> None:
