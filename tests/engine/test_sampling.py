@@ -109,7 +109,7 @@ def test_prompt_logprobs_as_torch(reference: tuple[Path, Any], crowded: LLM) -> 
 
 
 def test_prompts_preempted_half_way_keep_their_logprobs(folder: Path) -> None:
-    llm = LLM(folder, **OPTIONS)
+    llm = LLM(folder, **OPTIONS | {"max_num_batched_tokens": 16})
     engine, params = llm.engine, SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0)
     prompt = np.random.default_rng(0).integers(0, common.VOCAB, 80).tolist()
     expected = llm.generate([prompt], params, use_tqdm=False)[0]
@@ -125,9 +125,8 @@ def test_prompts_preempted_half_way_keep_their_logprobs(folder: Path) -> None:
         got = outputs[-1]
         assert got.metrics.num_preemptions == 1 and got.outputs[0].token_ids == expected.outputs[0].token_ids
         for mine, other in zip(got.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
-            assert mine == {token: pytest.approx(entry) for token, entry in other.items()} or all(
-                mine[token].logprob == pytest.approx(entry.logprob, abs=1e-4) for token, entry in other.items()
-            )
+            assert list(mine) == list(other)
+            assert [one.logprob for one in mine.values()] == pytest.approx([one.logprob for one in other.values()], abs=1e-4)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -157,7 +156,7 @@ def test_alone_and_in_a_crowd_the_same(folder: Path, overlap: bool) -> None:
 
 
 def test_penalties_let_no_token_come_again(llm: LLM) -> None:
-    tokens = ids(llm, "hello", greedy(60, logit_bias=dict.fromkeys(range(97, 123), 100), repetition_penalty=1e9))
+    tokens = ids(llm, "hello", greedy(60, repetition_penalty=1e9))
     assert len(set(tokens)) == 60 and not {*tokens} & {*llm.get_tokenizer().encode("hello")}
 
 
@@ -183,16 +182,17 @@ def test_logits_processors_of_the_engine(llm: LLM) -> None:
 def test_bad_words_are_texts(llm: LLM) -> None:
     tokens = ids(llm, "hello", greedy(20))
     decode = llm.get_tokenizer().decode
-    letters = dict.fromkeys(range(97, 100), 60.0)
+    letters = dict.fromkeys(llm.get_tokenizer().encode("abc"), 100.0)
     free = ids(llm, "hello", greedy(20, logit_bias=letters))
-    pair = next(decode(free[i : i + 2]) for i in range(20) if len(decode(free[i : i + 2])) == 2)
+    pair = decode(free[3:5])
+    assert len(pair) == 2 and set(decode(free)) <= set("abc")
     assert pair not in decode(ids(llm, "hello", greedy(20, logit_bias=letters, bad_words=[pair])))
     single = ids(llm, "hello", greedy(20, bad_words_ids=[[tokens[0]]]))
     assert tokens[0] not in single
 
 
 def test_before_min_tokens_nothing_ends_it(llm: LLM) -> None:
-    letters = dict.fromkeys(range(64, 69), 100.0)
+    letters = dict.fromkeys(llm.get_tokenizer().encode("abcde"), 100.0)
     free = llm.generate("hello", greedy(20, logit_bias=letters), use_tqdm=False)[0].outputs[0]
     stop = free.text[1]
     cut = llm.generate("hello", greedy(20, logit_bias=letters, stop=stop, min_tokens=6), use_tqdm=False)[0].outputs[0]
