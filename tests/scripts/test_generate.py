@@ -82,3 +82,14 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, model: Pa
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.slow
+def test_tensor_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text from two devices; more than there are is refused."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    common = ("one two", "--model", str(model), "--max-tokens", "6", "--ignore-eos", "--tensor-parallel-size")
+    one, two, three = (generate(*common, size, cache=tmp_path) for size in "123")
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == one.stdout and two.stdout.strip()
+    assert three.returncode == 1 and "generate.py: tensor_parallel_size is 3, but there are 2 devices (cpu)" in three.stderr
