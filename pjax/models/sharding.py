@@ -125,6 +125,19 @@ class Shares:
         """A tree like `abstract` of PartitionSpecs, for `jax.shard_map`."""
         return jax.tree.map(lambda leaf: leaf.sharding.spec, self.abstract)
 
+    def map(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(model, *args)` of one device's share, as a function `(params, *args)` of the mesh. Differentiable.
+
+        Arguments and results are the same on every device. `pjax.models.forward` gives each its share of the logits.
+        """
+        whole = PartitionSpec()
+
+        def run(params: Any, args: tuple[Any, ...]) -> Any:
+            return function(nnx.merge(self.graph, params), *args)
+
+        mapped = jax.shard_map(run, mesh=self.mesh, in_specs=(self.specs, whole), out_specs=whole, check_vma=False)
+        return lambda params, *args: mapped(params, args)
+
     def load(self, sources: Mapping[str, Source], read: Callable[[str], np.ndarray], *, stacked_layers: int, progress: bool) -> Any:
         """The parameters, each device's share read by itself; see `weights.load_into` for arguments and what the host holds."""
         loaded, bad = [], list[str]()

@@ -91,7 +91,7 @@ class Vocabulary:
         """As `jax.nn.log_softmax`."""
         if self.axis is None:
             return jax.nn.log_softmax(x, axis=-1)
-        shifted = x - self.max(x)[:, None]
+        shifted = x - self.max(lax.stop_gradient(x))[:, None]
         return shifted - jnp.log(self.sum(jnp.exp(shifted)))[:, None]
 
     def softmax(self, x: jax.Array) -> jax.Array:

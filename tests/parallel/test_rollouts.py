@@ -1,0 +1,38 @@
+"""examples/rollouts.py on two devices: one set of parameters, the same log-probabilities on both sides."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.tiny import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_rollouts(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", tokenizer=False)
+    # Logits of a few units, as trained models have: float32 can tell log-probabilities to 1e-5 then.
+    tensors = {name: tensor * (1 if "norm" in name else 0.5) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path),
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "examples" / "rollouts.py"), str(folder), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, parameters, more, pages = map(int, re.findall(r" (\d+)", done.stdout.splitlines()[0].replace(",", "").replace(";", "")))
+    assert before == parameters and pages <= more < pages + parameters / 4, done.stdout  # no second set of parameters
+    differences = [float(found) for found in re.findall(r"differ by (\S+) at most", done.stdout)]
+    assert len(differences) == 8 and max(differences) < 1e-5, done.stdout
+    assert "the engine reads the trainer's own arrays: True" in done.stdout
+    rewards = [float(found) for found in re.findall(r"mean reward (\S+),", done.stdout)]
+    assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
