@@ -72,6 +72,8 @@ def make_plan(rows: list[Row], copies: Copies = ()) -> StepPlan:
         ints("table_row")[sources],
         sources,
         np.array(copies, np.int32).reshape(-1, 2),
+        swap_outs=np.zeros((0, 2), np.int32),
+        swap_ins=np.zeros((0, 2), np.int32),
     )
 
 
