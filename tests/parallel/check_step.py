@@ -48,8 +48,9 @@ def test_two_sums_a_layer_and_no_other_collective(tmp_path: Path, family: str) -
     assert found.count(("all-reduce", (tokens, hidden))) == 2 * layers + 1
     rest = [one for one in found if one != ("all-reduce", (tokens, hidden))]
     assert {kind for kind, _ in rest} == {"all-reduce", "all-gather"}
-    for kind, shape in rest:  # a gather is of the likeliest tokens for log-probabilities
-        assert shape == (rows,) if kind == "all-reduce" else shape[0] == rows and shape[1] <= size * 30, (kind, shape)
+    for kind, shape in rest:  # of rows that sample, or of prompt tokens; a gather is of the likeliest for log-probabilities
+        assert shape[0] in (rows, tokens), (kind, shape)
+        assert len(shape) == 1 if kind == "all-reduce" else shape[1] <= size * 30, (kind, shape)
     runner.close()
 
 
@@ -69,6 +70,11 @@ def test_sampling_on_shares_of_the_vocabulary(size: int, vocab: int) -> None:
         seed=jnp.asarray(rng.integers(0, 2**32, (rows, 2)), jnp.uint32),
         num_logprobs=jnp.asarray(rng.choice([-1, 0, 5], rows), jnp.int32),
         logprob_temperature=jnp.ones((rows,), jnp.float32),
+        typical_p=jnp.asarray(rng.choice([1.0, 1.0, 0.8], rows), jnp.float32),
+        repetition_penalty=jnp.ones((rows,), jnp.float32),
+        presence_penalty=jnp.zeros((rows,), jnp.float32),
+        frequency_penalty=jnp.zeros((rows,), jnp.float32),
+        **{name: jnp.zeros((rows,), jnp.int32) for name in ("rows", "prompt_lens", "min_lens", "flags")},
     )
     positions = jnp.asarray(rng.integers(0, 5000, rows), jnp.int32)
     width = -(-vocab // size)
