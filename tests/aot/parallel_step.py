@@ -96,6 +96,6 @@ def cycles_of_layers(text: str, shape: tuple[int, int], num_layers: int) -> floa
     return total / num_layers if len(pattern.findall(most)) > 2 else total
 
 
-def greedy(logits: jax.Array, positions: jax.Array, params: Any, max_logprobs: int, vocabulary: Vocabulary) -> Sampled:
+def greedy(logits: jax.Array, positions: jax.Array, params: Any, max_logprobs: int, vocabulary: Vocabulary, *_: Any) -> Sampled:
     """Stands in for `sampler.sample`, which is the same for every model and takes most of a step's compilation."""
     return _without_logprobs(vocabulary.argmax(vocabulary.without_padding(logits)), max_logprobs)
