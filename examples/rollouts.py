@@ -60,7 +60,7 @@ def train(params, state, tokens, advantage):
 
 
 before = held()
-sizes = {"max_model_len": 64, "max_num_seqs": PROMPTS, "max_num_batched_tokens": 64, "num_pages": 64}
+sizes = {"max_model_len": 64, "max_num_seqs": PROMPTS, "max_num_batched_tokens": 64, "num_pages": 64, "lazy": True}
 llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", layer_mode="unroll", progress=False, mesh=mesh, params=params, **sizes)
 pages = 2 * 64 * 16 * source.own_config.num_layers * source.own_config.num_kv_heads * source.own_config.head_size * 4
 print(
