@@ -15,6 +15,14 @@ from pjax.runner.swap import COPY_SIZES
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
 
+RULES: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.5, "frequency_penalty": 1},
+    {"logit_bias": {5: 3}, "typical_p": 0.5},
+    {"allowed_token_ids": [1, 2, 3, 70], "bad_words_ids": [[1, 2], [3]]},
+    {"prompt_logprobs": 2},
+]
+
 
 @pytest.mark.slow
 def test_nothing_compiles_after_warm_up(folder: Path) -> None:
@@ -39,6 +47,7 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
                 top_k=int(rng.choice([0, 5])),
                 top_p=float(rng.choice([1, 0.8])),
                 logprobs=rng.choice([None, 3]),
+                **rng.choice(RULES),
             )
             request_id = engine.add_request(prompt, wild)
             if rng.random() < 0.1:
