@@ -100,6 +100,33 @@ def saved(trace: list[tuple[int, int]], page_size: int, max_model_len: int, seed
     return 1 - used / owned
 
 
+def plot(file: str, shares: dict[str, tuple[float, float]], savings: dict[tuple[str, str], list[float]], page_size: int) -> None:
+    """Draws both tables, the paper's ranges as bands behind the bars."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=(3, 4, 4), layout="constrained")
+    colours = {"ShareGPT": "#1f66c1", "Alpaca": "#d97706"}
+    for place, (name, (live, padded)) in enumerate(shares.items()):
+        for offset, share, alpha in ((-0.2, live, 1.0), (0.2, padded, 0.35)):
+            bar = left.bar(place + offset, 100 * share, 0.36, color=colours[name], alpha=alpha)
+            left.bar_label(bar, fmt="%.0f%%")
+    left.set_xticks(range(len(shares)), [f"{name}\npages | padded" for name in shares])
+    left.set(title=f"Slots that hold live tokens\n(pages of {page_size}; padded to the model's length)", ylim=(0, 112), ylabel="%")
+    for axes, kind in ((middle, "samples"), (right, "beams")):
+        for number, name in enumerate(shares):
+            low, high = map(float, PAPER[name, kind].split("–"))
+            axes.axhspan(low, high, xmin=0.5 * number, xmax=0.5 * (number + 1), color=colours[name], alpha=0.15, lw=0)
+            places = [4 * number + index for index in range(3)]
+            axes.bar_label(axes.bar(places, [100 * share for share in savings[name, kind]], color=colours[name]), fmt="%.0f")
+        axes.set_xlim(-1, 7)
+        axes.set_xticks([0, 1, 2, 4, 5, 6], ["2", "4", "6"] * 2)
+        axes.set(title=f"Pages saved by sharing: {kind}\n(bands: Kwon et al. 2023)", ylim=(0, 95), ylabel="%")
+        axes.set_xlabel("  ".join(f"{name}" + " " * 28 for name in shares).rstrip())
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     """Prints the tables of docs/memory.md."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -110,22 +137,28 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--num-pages", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures too (needs matplotlib)")
     args = parser.parse_args()
     size, most, seed = args.page_size, args.max_model_len, args.seed
     print("| trace | live tokens in used pages | padded to the model's length |\n|---|---|---|")
     traces = {}
+    shares: dict[str, tuple[float, float]] = {}
     for name, (prompt, output) in TRACES.items():
         rng = np.random.default_rng(seed)
         prompts, outputs = (lengths(rng, mean, args.sigma, args.requests, most // 2) for mean in (prompt, output))
         traces[name] = list(zip(prompts, outputs, strict=True))
         live, padded = live_share(traces[name], size, args.num_pages, most, seed)
+        shares[name] = live, padded
         print(f"| {name} | {live:.1%} | {padded:.1%} |", flush=True)
     print("\n| trace | sharing | 2 | 4 | 6 | the paper |\n|---|---|---|---|---|---|")
+    savings: dict[tuple[str, str], list[float]] = {}
     for name, trace in traces.items():
         some = trace[: args.alone]
         for kind, option in (("samples", "n"), ("beams", "width")):
-            row = [f"{saved(some, size, most, seed, **{option: count}):.1%}" for count in (2, 4, 6)]
-            print(f"| {name} | {kind} | {' | '.join(row)} | {PAPER[name, kind]}% |", flush=True)
+            found = savings[name, kind] = [saved(some, size, most, seed, **{option: count}) for count in (2, 4, 6)]
+            print(f"| {name} | {kind} | {' | '.join(f'{share:.1%}' for share in found)} | {PAPER[name, kind]}% |", flush=True)
+    if args.plot:
+        plot(args.plot, shares, savings, args.page_size)
 
 
 if __name__ == "__main__":
