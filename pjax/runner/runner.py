@@ -202,7 +202,8 @@ class ModelRunner:
         return jax.jit(lambda: jnp.zeros(struct.shape, struct.dtype), out_shardings=self._pool_format)()
 
     def _new_tokens(self) -> jax.Array:
-        return jnp.zeros(self._tokens_struct.shape, jnp.int32, device=self._input_sharding)
+        # Committed, as it comes back from a step: else writing its rows would be compiled twice.
+        return jnp.zeros(self._tokens_struct.shape, jnp.int32, device=self._input_sharding or jax.local_devices()[0])
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""

@@ -11,6 +11,7 @@ import pytest
 
 from pjax import LLM, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
 from pjax.config import EngineConfig
+from pjax.runner.rules import write_row, write_tokens
 from pjax.runner.swap import COPY_SIZES
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
@@ -30,6 +31,8 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     runner = llm.engine.runner
     warm = runner.num_compilations
     assert warm == len(runner.buckets) + 2 * len(COPY_SIZES), "a step for each bucket; copies to the host and back"
+    writers = write_row, write_tokens
+    sizes = [writer._cache_size() for writer in writers]  # type: ignore[attr-defined]
     for bucket in runner.buckets:
         memory = runner._compiled_step(bucket).memory_analysis()
         assert memory.alias_size_in_bytes == runner._pages.nbytes + runner._tokens.nbytes, "the pool is updated in place"
@@ -56,6 +59,7 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
         engine.scheduler.check()
         most = max(most, engine.scheduler.num_running)
     assert runner.num_compilations == warm
+    assert [writer._cache_size() for writer in writers] == sizes  # type: ignore[attr-defined]
     assert most == 4
     assert engine.scheduler.pool.num_used == 0
 
