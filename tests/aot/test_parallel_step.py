@@ -39,7 +39,8 @@ def check_collectives(found: list[tuple[str, tuple[int, ...]]], hidden: int, tok
     assert found.count(("all-reduce", (tokens, hidden))) == sums, found
     for kind, shape in found:
         if shape != (tokens, hidden):
-            assert kind in ("all-reduce", "all-gather") and shape[0] == rows and int(np.prod(shape[1:])) <= 8 * 32, (kind, shape)
+            # The likeliest 32 tokens of each device at most, for each row, or for each of a block of 64 prompt tokens.
+            assert kind in ("all-reduce", "all-gather") and int(np.prod(shape)) <= 8 * 32 * max(rows, 64), (kind, shape)
 
 
 @pytest.mark.parametrize(

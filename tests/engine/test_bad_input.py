@@ -68,8 +68,8 @@ def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
 
 
 def test_a_parameter_that_is_not_applied_is_refused() -> None:
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="length_penalty"):
+        SamplingParams(length_penalty=2)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="tensor_parallel"):
         LLM("nowhere", tensor_parallel=2)
 
