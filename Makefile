@@ -62,10 +62,11 @@ serve: $(VENV)/.server ## OpenAI's endpoints and a page at http://localhost:8000
 	@$(VENV)/bin/python -m pjax serve $(ARGS)
 
 # Most of the suite's time is compiling small steps. Matrix products and attention are not LLVM's on a CPU, and stay as fast.
+WORKERS ?= 2
 TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
-test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x)
-	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(TESTS)
+test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
+	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
 
 AOT_VENV ?= .venv-aot-$(notdir $(PYTHON))
 JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[tpu] jax-cuda13-plugin jax-cuda13-pjrt)
