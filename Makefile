@@ -20,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test test-aot test-clients check format bench soak clean test-page check-docker docs serve
+.PHONY: help generate serve test test-parallel test-aot test-clients test-page check-docker docs check format bench soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -66,7 +66,7 @@ WORKERS ?= 2
 TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
-	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
+	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore=tests/parallel $(PYTEST_ARGS) $(TESTS)
 
 AOT_VENV ?= .venv-aot-$(notdir $(PYTHON))
 JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[tpu] jax-cuda13-plugin jax-cuda13-pjrt)
@@ -81,7 +81,11 @@ $(AOT_VENV)/.done: pyproject.toml
 AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/test_*_interpreted.py))
 
 test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
-	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(AOT_TESTS)
+	$(AOT_VENV)/bin/python -m pytest --ignore=tests/aot/test_parallel_step.py $(PYTEST_ARGS) $(AOT_TESTS)
+
+test-parallel: $(VENV)/.test $(AOT_VENV)/.done ## tensor parallelism on eight CPU devices, and compiled for several TPUs and GPUs
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/parallel
+	$(AOT_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/aot/test_parallel_step.py
 
 CLIENTS_VENV ?= .venv-clients
 OPENAI_NODE := openai@7.57.0
