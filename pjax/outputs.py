@@ -55,11 +55,11 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """Of each prompt token and the likeliest ones in its place, None for the first; None where not wanted or not all there."""
     num_cached_tokens: int | None = None
     """Prompt tokens whose keys and values were in the page pool already; None before it first ran."""
     metrics: RequestMetrics = field(repr=False, default_factory=lambda: RequestMetrics(0.0))
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Of each prompt token and the likeliest ones in its place, None for the first; None where not wanted or not all there."""
 
 
 @dataclass(slots=True)
