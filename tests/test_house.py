@@ -289,3 +289,13 @@ def test_functions_are_short() -> None:
                 if lines > MAX_FUNCTION_LINES:
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}")
     assert not wrong
+
+
+def test_choices_of_settings_are_those_of_the_parts_that_they_are_for() -> None:
+    """`config` imports nothing heavy, so it repeats them."""
+    from pjax import config
+    from pjax.pallas_kernels.paged_attention import api
+    from pjax.scheduler import swap
+
+    assert config.ATTENTION_BACKENDS == api.BACKENDS
+    assert config.PREEMPTION_MODES == swap.MODES

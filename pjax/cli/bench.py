@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pjax.cli.bench_data import percentiles, random_requests, read_dataset
+from pjax.cli.bench_data import percentiles, random_requests, rates, read_dataset
 from pjax.cli.common import add_model, engine_options, model_or_demo
 from pjax.cli.flags import Parser, make_parser, size
 from pjax.errors import ConfigError
@@ -103,12 +103,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     num_out = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {
         "requests": len(outputs),
-        "seconds": seconds,
-        "requests_per_s": len(outputs) / seconds,
-        "input_tokens": num_in,
-        "output_tokens": num_out,
-        "output_tokens_per_s": num_out / seconds,
-        "total_tokens_per_s": (num_in + num_out) / seconds,
+        **rates(len(outputs), num_in, num_out, seconds),
         "preemptions": sum(output.metrics.num_preemptions for output in outputs),
     }
 

@@ -42,6 +42,18 @@ def read_dataset(path: Path, output_len: int) -> list[tuple[Any, int]]:
     return found
 
 
+def rates(num_requests: int, num_in: int, num_out: int, seconds: float) -> dict[str, Any]:
+    """Requests and tokens, and how many of them a second."""
+    return {
+        "seconds": seconds,
+        "requests_per_s": num_requests / seconds,
+        "input_tokens": num_in,
+        "output_tokens": num_out,
+        "output_tokens_per_s": num_out / seconds,
+        "total_tokens_per_s": (num_in + num_out) / seconds,
+    }
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Mean and percentiles; empty without values."""
     import numpy as np

@@ -14,7 +14,7 @@ import httpx2
 import numpy as np
 from tqdm import tqdm
 
-from pjax.cli.bench_data import percentiles, random_requests, read_dataset
+from pjax.cli.bench_data import percentiles, random_requests, rates, read_dataset
 from pjax.cli.talk import ServerError, base_url, error_text
 
 
@@ -118,12 +118,7 @@ def summary(seen: list[Seen], seconds: float) -> dict[str, Any]:
     return {
         "requests": len(good),
         "failed": len(seen) - len(good),
-        "seconds": seconds,
-        "requests_per_s": len(good) / seconds,
-        "input_tokens": num_in,
-        "output_tokens": num_out,
-        "output_tokens_per_s": num_out / seconds,
-        "total_tokens_per_s": (num_in + num_out) / seconds,
+        **rates(len(good), num_in, num_out, seconds),
         "first_token_s": percentiles([one.times[0] - one.started for one in good if one.times]),
         "between_tokens_s": percentiles([b - a for one in good for a, b in zip(one.times, one.times[1:], strict=False)]),
         "per_output_token_s": percentiles([(one.ended - one.times[0]) / (one.num_tokens - 1) for one in good if one.num_tokens > 1]),

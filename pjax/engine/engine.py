@@ -74,8 +74,6 @@ class LLMEngine:
         progress: bool = True,
     ) -> None:
         config = config or EngineConfig()
-        if config.data_parallel_size != 1:
-            raise ConfigError(f"data_parallel_size is {config.data_parallel_size}, but must be 1: several engines are for LLM.generate")
         use_compilation_cache(config.compilation_cache_dir)
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
@@ -109,8 +107,7 @@ class LLMEngine:
         self._last_end = 0.0
         self.on_step: Callable[[StepStats], None] | None = None
         """Called with each step's figures."""
-        self.scheduled_last: list[str] = []
-        """Ids of the requests in the newest step."""
+        self._last_plan: StepPlan | None = None
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)
@@ -281,6 +278,11 @@ class LLMEngine:
 
     # ---- the step
 
+    @property
+    def scheduled_last(self) -> set[str]:
+        """Ids of the requests in the newest step."""
+        return set() if self._last_plan is None else {request.request_id for request in self._last_plan.requests}
+
     def step(self) -> list[RequestOutput]:
         """Waits for one step and returns the requests that got a token, finished ones included; or those whose time is up.
 
@@ -293,7 +295,7 @@ class LLMEngine:
         try:
             while len(self._in_flight) < 1 + self.config.async_scheduling and (plan := self.scheduler.schedule()) is not None:
                 self._wait_for_weights()
-                self.scheduled_last = list(dict.fromkeys(request.request_id for request in plan.requests))
+                self._last_plan = plan
                 started = time.monotonic()
                 table = self.scheduler.table
                 self._in_flight.append(_Step(plan, self.runner.dispatch(plan, table.tokens, table.block_tables), started))

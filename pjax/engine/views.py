@@ -59,10 +59,6 @@ class Views:
             scores = [None] * len(first.prompt_token_ids)
         self._groups[first.request_id] = _Group(prompt, [view(request) for request in requests], scores)
 
-    def forget(self, request_id: str) -> None:
-        """Follows a request no longer."""
-        self._groups.pop(request_id, None)
-
     def observe_prompt(self, plan: StepPlan, scores: PromptScores | None) -> None:
         """Takes the log-probabilities of prompt tokens that a step has computed; those computed again are the same."""
         first = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from pjax import __version__
-from pjax.engine import AsyncLLM, LLMEngine
+from pjax.engine import AsyncLLM
 from pjax.server import chat, completions, errors, page, tokenization
 from pjax.server.bridge import Bridge
 from pjax.server.config import ServerConfig
@@ -38,7 +37,6 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         bridge=Bridge(llm, metrics, config.request_timeout),
         prompts=Prompts(llm, config),
         metrics=metrics,
-        extras=frozenset(inspect.signature(LLMEngine.prepare).parameters),
     )
 
     @asynccontextmanager

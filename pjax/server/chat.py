@@ -75,7 +75,7 @@ class _Chat:
         answer = self._wrapped("chat.completion", [self._choice(sequence) for sequence in output.outputs[: self.body.n]])
         answer["usage"] = usage([output])
         if self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(getattr(output, "prompt_logprobs", None))
+            answer["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = output.prompt_token_ids
         return json_response(answer)

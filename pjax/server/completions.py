@@ -89,7 +89,7 @@ class _Completion:
         if not self.body.echo:
             return "", [], None
         text, ids = prompt
-        found = getattr(output, "prompt_logprobs", None) if self.body.logprobs is not None else None
+        found = output.prompt_logprobs if self.body.logprobs is not None else None
         return self.service.tokenizer.decode(ids) if text is None else text, ids, found
 
     def _choice(self, index: int, prompt: Prompt, output: RequestOutput, sequence: CompletionOutput) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class _Completion:
         reason = "length" if self.scores_only else sequence.finish_reason
         choice = self._shown(index, before + shown, logprobs, reason, sequence.stop_reason)
         if self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(getattr(output, "prompt_logprobs", None))
+            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         if self.body.return_token_ids:
             choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": ids}
         return choice
@@ -159,7 +159,7 @@ class _Completion:
         reason = "length" if self.scores_only else sequence.finish_reason
         choice = self._shown(number, before + text, logprobs, reason, sequence.stop_reason)
         if first and self.body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(getattr(output, "prompt_logprobs", None))
+            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         if self.body.return_token_ids:
             choice |= {"token_ids": ids} | ({"prompt_token_ids": output.prompt_token_ids} if first else {})
         return choice

@@ -8,8 +8,7 @@ import logging
 import signal
 import socket
 import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -21,6 +20,7 @@ from pjax.server.app import create_app
 from pjax.server.bridge import Bridge
 from pjax.server.config import ServerConfig
 from pjax.server.logs import set_up
+from pjax.text.chat_template import read_template
 
 log = logging.getLogger("pjax.server")
 
@@ -32,9 +32,9 @@ def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`."""
     set_up(config.log_level, config.log_format)
     if config.chat_template is not None:
-        config = replace(config, chat_template=_template(config.chat_template))
+        config = replace(config, chat_template=read_template(config.chat_template))
     with bind(config.host, config.port) as listener:
-        llm = AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **asdict(config.engine))
+        llm = AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **vars(config.engine))
         return serve_llm(llm, config, listener)
 
 
@@ -72,16 +72,6 @@ def bind(host: str, port: int) -> socket.socket:
         reason = "it is in use" if error.errno == errno.EADDRINUSE else str(error)
         raise ConfigError(f"port {port} of {host!r} can't be taken: {reason}") from error
     return listener
-
-
-def _template(value: str) -> str:
-    """A chat template's text, from its file if it names one."""
-    if "{" in value or "\n" in value:
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"chat_template is {value!r}, but that file can't be read: {error}") from error
 
 
 def uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from pjax.params import BeamSearchParams, SamplingParams
@@ -10,22 +9,18 @@ from pjax.server.config import ServerConfig
 from pjax.server.errors import invalid
 from pjax.server.schemas import Sampling
 
-APPLIED = frozenset(field.name for field in fields(SamplingParams))
 PASSED = (
     *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "stop", "stop_token_ids", "bad_words"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "allowed_token_ids"),
     *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "prompt_logprobs"),
 )
-# Values that change nothing, and so are fine where the engine knows no such field.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+BEAM_FIELDS = ("n", "best_of", "temperature", "ignore_eos", "length_penalty", "early_stopping")
+# Values that change nothing, and so are fine where beam search has no such parameter.
+BEAM_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
-    **dict.fromkeys(("repetition_penalty", "typical_p", "best_of"), (None, 1)),
+    **dict.fromkeys(("repetition_penalty", "typical_p"), (None, 1)),
     "logit_bias": (None, {}),
     "bad_words": (None, []),
-}
-BEAM_FIELDS = ("n", "best_of", "temperature", "ignore_eos", "length_penalty", "early_stopping")
-BEAM_NEUTRAL: dict[str, tuple[Any, ...]] = NEUTRAL | {
-    "n": (),
     "top_p": (None, 1),
     "top_k": (None, 0, -1),
     "min_p": (None, 0),
@@ -49,20 +44,12 @@ def sampling_params(body: Sampling, config: ServerConfig, *, max_tokens: int | N
     for name in ("length_penalty", "early_stopping"):
         if getattr(body, name) is not None:
             raise invalid(name, f"{name} is for beam search: set use_beam_search")
-    given: dict[str, Any] = {}
-    for name in PASSED:
-        value = getattr(body, name)
-        if value is None or (name not in APPLIED and value in NEUTRAL.get(name, ())):
-            continue
-        given[name] = value
+    given: dict[str, Any] = {name: value for name in PASSED if (value := getattr(body, name)) is not None}
     given |= {name: value for name, value in more.items() if value is not None}
     if given.get("best_of") == given.get("n"):
         given.pop("best_of", None)
     if body.logit_bias:
         given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    for name in given:
-        if name not in APPLIED:
-            raise invalid(name, f"{name} is not applied by this version of pjax")
     return SamplingParams(max_tokens=max_tokens, **given)
 
 

@@ -20,7 +20,7 @@ from pjax.outputs import RequestOutput
 from pjax.server.answers import dumps
 from pjax.server.bridge import Bridge, Generation, Params, while_connected
 from pjax.server.config import ServerConfig
-from pjax.server.errors import as_api_error, invalid
+from pjax.server.errors import as_api_error
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import Sampling
@@ -37,8 +37,6 @@ class Service:
     bridge: Bridge
     prompts: Prompts
     metrics: ServerMetrics
-    extras: frozenset[str]
-    """What the engine takes with a request besides its parameters: cache_salt, priority, …"""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -47,14 +45,7 @@ class Service:
 
     def start(self, body: Sampling, prompts: Sequence[Sequence[int]], params: Params, answer_id: str) -> Generation:
         """Puts prompts into the engine."""
-        options: dict[str, Any] = {}
-        for name, value, neutral in (("cache_salt", body.cache_salt, None), ("priority", body.priority, 0)):
-            if value == neutral:
-                continue
-            if name not in self.extras:
-                raise invalid(name, f"{name} is not applied by this version of pjax")
-            options[name] = value
-        return self.bridge.start(prompts, params, answer_id, options)
+        return self.bridge.start(prompts, params, answer_id, {"cache_salt": body.cache_salt, "priority": body.priority})
 
 
 def new_id(kind: str) -> str:

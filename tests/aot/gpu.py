@@ -211,7 +211,7 @@ def _compile(target: Target, job: Job, folder: Path) -> Compiled:
         if path.stat().st_size:
             printed += _ptxas(target, path)
     usage = parse_ptxas(printed)
-    from tests.aot.parallel_step import collectives
+    from tests.collectives import collectives
 
     return Compiled(
         name=job.name,

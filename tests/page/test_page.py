@@ -1,6 +1,6 @@
 """The page at / in a real Chromium, before a real server with the demo model: sends, streams, stops, shows errors, draws the pool.
 
-With PJAX_SCREENSHOTS=docs/images the pictures of the documentation are made anew.
+PJAX_SCREENSHOTS=docs/images keeps the pictures that are taken on the way: those of the documentation.
 """
 
 from __future__ import annotations
@@ -286,9 +286,9 @@ def test_an_answer_and_the_page_survive_a_restart(page: Page, server: Server) ->
     assert not page.element("error").is_displayed()
 
 
-@pytest.mark.skipif(not SCREENSHOTS, reason="pictures are made on demand only")
 @pytest.mark.parametrize("name", ["page-light", "page-dark", "page-phone"])
-def test_pictures(page: Page, name: str) -> None:
+def test_in_light_dark_and_on_a_phone(page: Page, tmp_path: Path, name: str) -> None:
+    """Samples of one prompt side by side, their shared pages in colour, the tip at a token."""
     browser = page.browser
     scheme = "dark" if name == "page-dark" else "light"
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
@@ -308,7 +308,8 @@ def test_pictures(page: Page, name: str) -> None:
         token = browser.find_elements(By.CSS_SELECTOR, ".samples .turn:first-child .token")[20]
         webdriver.ActionChains(browser).move_to_element(token).perform()
         wait(lambda: page.element("tip").is_displayed())
-        browser.save_screenshot(str(ROOT / SCREENSHOTS / f"{name}.png"))
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth"), "wider than the screen"
+        assert browser.save_screenshot(str((ROOT / SCREENSHOTS if SCREENSHOTS else tmp_path) / f"{name}.png"))
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,9 @@ from pjax.runner import ModelRunner, RunnerConfig
 from pjax.runner.batch import Bucket
 from pjax.runner.sampler import SamplingArrays, sample
 from pjax.runner.vocabulary import Vocabulary
+from tests.collectives import collectives
 from tests.models import hf
 from tests.pallas_kernels.suite import Feature, make_step
-
-COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\(")
-SHAPE = re.compile(r"[a-z]+\d+\[([\d,]*)\]")
-
-
-def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Kind and shape of each in the text of a compiled program."""
-    found = []
-    for shapes, kind in COLLECTIVE.findall(text):
-        found += [(kind, tuple(map(int, filter(None, dims.split(","))))) for dims in SHAPE.findall(shapes)]
-    return found
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "OPT", "GPT2"])

@@ -187,4 +187,4 @@ def test_priority_is_passed_on(tmp_path: Path) -> None:
     with start(Noting(tmp_path, "x")) as server:
         for more in ({}, {"priority": -3, "cache_salt": "s"}):
             httpx2.post(server.url + PATH, json={"prompt": "a"} | more).raise_for_status()
-    assert seen == [{}, {"priority": -3, "cache_salt": "s"}]
+    assert seen == [{"cache_salt": None, "priority": 0}, {"cache_salt": "s", "priority": -3}]

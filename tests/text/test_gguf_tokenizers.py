@@ -17,7 +17,7 @@ from transformers import GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
 
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
-from tests.text.test_tokenizer import TEXTS
+from tests.text.folders import TEXTS
 
 CORPUS = [
     *TEXTS,
