@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from pjax.engine import AsyncLLM
-from pjax.errors import EngineDeadError
+from pjax.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from pjax.outputs import RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.server.errors import ApiError
@@ -87,7 +87,7 @@ class Bridge:
         except Exception as caught:  # told to the one who asked
             error = caught
         finally:
-            observer.close()
+            observer.close(refused=isinstance(error, InvalidRequestError | QueueFullError | EngineDeadError))
             generation.end(error)
 
 

@@ -97,9 +97,9 @@ class RequestObserver:
         if output.finished:
             self._finish(output)
 
-    def close(self) -> None:
-        """Nothing more comes: a request that has not ended was aborted."""
-        if not self._ended:
+    def close(self, *, refused: bool = False) -> None:
+        """Nothing more comes: a request that has not ended was aborted, unless the engine never took it."""
+        if not self._ended and not refused:
             self._ended = True
             self._metrics.ended["abort"].inc()
 
