@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.params import LogitRules, SamplingParams
-from pjax.runner.adjust import adjust_logits, needs_adjusting
+from pjax.runner.adjust import adjust_logits
 from pjax.runner.rules import as_row, empty_tables, write_row
 from pjax.runner.sampler import sample
-from pjax.runner.sampling_arrays import SamplingTable, flags_of
+from pjax.runner.sampling_arrays import SamplingArrays, SamplingTable, flags_of
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of SamplingParams, and of LogitRules
     "greedy": ({}, {}),
@@ -48,12 +48,10 @@ def make_cases(rows: int, vocab: int, num_prompt: int, num_output: int) -> dict[
     positions = np.full(rows, num_prompt + num_output, np.int32)
 
     def step(logits: Any, positions: Any, packed: Any, tables: Any, tokens: Any) -> Any:
-        params = packed.unpack()
-
-        def adjust(x: jax.Array) -> jax.Array:
+        def adjust(x: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
             return adjust_logits(x, positions, params, tables, tokens)
 
-        return sample(logits, positions, params, 32, adjust=adjust, adjusts=needs_adjusting(positions, params))
+        return sample(logits, positions, packed.unpack(), 32, adjust=adjust)
 
     programs: list[Any] = []
     floor = jax.jit(lambda x: jnp.argmax(x, axis=-1)).lower(logits).compile()

@@ -26,7 +26,7 @@ from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buck
 from pjax.runner.processors import check_processors
 from pjax.runner.prompt_logprobs import PromptScores
 from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens
-from pjax.runner.sampler import Sampled
+from pjax.runner.sampler import ROWS, Sampled
 from pjax.runner.sampling_arrays import SamplingTable, flags_of
 from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
 from pjax.runner.swap import PageSwap
@@ -111,7 +111,7 @@ class ModelRunner:
         self._vocab_size = model.config.vocab_size
         self._rules = empty_tables(config.max_num_seqs, self._vocab_size, self._input_sharding)
         processors = config.logits_processors
-        check_processors(processors, [bucket.num_rows for bucket in self.buckets], config.max_model_len, self._vocab_size)
+        check_processors(processors, [min(bucket.num_rows, ROWS) for bucket in self.buckets], config.max_model_len, self._vocab_size)
         self._processors = {name: index for index, name in enumerate(processors)}
         vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
         most = min(MAX_CANDIDATES, self._vocab_size)

@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pjax.runner.adjust import needs_adjusting
 from pjax.runner.filters import filter_logits
 from pjax.runner.prompt_logprobs import PromptScores
 from pjax.runner.sampling_arrays import SamplingArrays
 from pjax.runner.vocabulary import WHOLE, Vocabulary
 
-Adjust = Callable[[jax.Array], jax.Array]
+Adjust = Callable[[jax.Array, jax.Array, SamplingArrays], jax.Array]
+"""Logits [S, V], the positions [S] of the tokens to be sampled and the rows' parameters to logits."""
+
+ROWS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -41,21 +45,49 @@ def sample(
     max_logprobs: int,
     vocabulary: Vocabulary = WHOLE,
     adjust: Adjust | None = None,
-    adjusts: jax.Array | bool = False,
 ) -> Sampled:
     """A token for each row of float32 logits [S, V], or of a device's share of them, as `vocabulary` says.
+
+    Rows that ask for more than the likeliest token are done ROWS at a time: what that needs is a dozen arrays of [ROWS, V],
+    which at all rows of a large vocabulary would be more than the model's own temporaries, and the others' blocks are spared.
 
     Args:
       positions: int32 [S], the position that the sampled token will have: with the row's seed it decides its draw.
       max_logprobs: how many of the likeliest tokens to report when any row asks for log-probabilities.
-      adjust: what is done to the logits before temperature; log-probabilities are those before it.
-      adjusts: bool [], whether any row wants that.
+      adjust: what is done to the logits of rows that `needs_adjusting`, before temperature; log-probabilities are those before it.
     """
     logits = vocabulary.without_padding(logits)
+    asked = jnp.any((params.temperature > 0) | (params.num_logprobs >= 0))
+    if adjust is not None:
+        asked |= needs_adjusting(positions, params)
+
+    def in_blocks() -> Sampled:
+        num_rows = len(positions)
+        if num_rows <= ROWS:
+            return _sample_block(logits, positions, params, max_logprobs, vocabulary, adjust)
+
+        def block(index: jax.Array, sampled: Sampled) -> Sampled:
+            first = jnp.minimum(index * ROWS, num_rows - ROWS)  # the last block may do some rows again
+            one, at, of = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, ROWS), (logits, positions, params))
+            made = _sample_block(one, at, of, max_logprobs, vocabulary, adjust)
+            written: Sampled = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0), sampled, made)
+            return written
+
+        return lax.fori_loop(0, -(-num_rows // ROWS), block, _without_logprobs(jnp.zeros((num_rows,), jnp.int32), max_logprobs))
+
+    return lax.cond(asked, in_blocks, lambda: _without_logprobs(vocabulary.argmax(logits), max_logprobs))
+
+
+def _sample_block(
+    logits: jax.Array, positions: jax.Array, params: SamplingArrays, max_logprobs: int, vocabulary: Vocabulary, adjust: Adjust | None
+) -> Sampled:
     drawn = jnp.any(params.temperature > 0)
+    adjusted = jnp.array(False) if adjust is None else needs_adjusting(positions, params)
 
     def choose() -> jax.Array:
-        changed = logits if adjust is None else lax.cond(adjusts, lambda: adjust(logits), lambda: logits)
+        changed = logits
+        if adjust is not None:
+            changed = lax.cond(adjusted, lambda: adjust(logits, positions, params), lambda: logits)
         greedy = vocabulary.argmax(changed)
 
         def mixed() -> jax.Array:
@@ -63,7 +95,7 @@ def sample(
 
         return lax.cond(drawn, mixed, lambda: greedy)
 
-    tokens = lax.cond(drawn | adjusts, choose, lambda: vocabulary.argmax(logits))
+    tokens = lax.cond(drawn | adjusted, choose, lambda: vocabulary.argmax(logits))
     return lax.cond(
         jnp.any(params.num_logprobs >= 0),
         lambda: _with_logprobs(logits / params.logprob_temperature[:, None], tokens, max_logprobs, vocabulary),

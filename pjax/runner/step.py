@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec
 
 from pjax.models.attention import PagedContext
 from pjax.models.sharding import MODEL_AXIS, Shares
-from pjax.runner.adjust import LogitsProcessor, adjust_logits, needs_adjusting
+from pjax.runner.adjust import LogitsProcessor, adjust_logits
 from pjax.runner.batch import StepInput
 from pjax.runner.prompt_logprobs import score_prompt
 from pjax.runner.sampler import Sampled, sample
+from pjax.runner.sampling_arrays import SamplingArrays
 from pjax.runner.vocabulary import WHOLE, Vocabulary
 
 LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
@@ -119,9 +120,8 @@ def sample_rows(
     else:
         which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
         logits = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
-    positions, params = inputs.sample_positions, inputs.sampling.unpack()
 
-    def adjust(logits: jax.Array) -> jax.Array:
+    def adjust(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
         return adjust_logits(logits, positions, params, inputs.rules, tokens, processors, vocabulary)
 
-    return sample(logits, positions, params, max_logprobs, vocabulary, adjust, needs_adjusting(positions, params))
+    return sample(logits, inputs.sample_positions, inputs.sampling.unpack(), max_logprobs, vocabulary, adjust)

@@ -216,21 +216,26 @@ def test_neighbouring_draws_are_independent() -> None:
 
 
 def test_a_draw_depends_on_seed_and_position_only() -> None:
-    rows, rng = 12, np.random.default_rng(0)
+    rows, rng = 42, np.random.default_rng(0)  # more than a block of rows, and the last one overlaps
     logits = make_logits(rng, rows, 300)
     columns = {
-        "temperature": np.array([1, 0.7, 2, 1, 0, 1] * 2),
-        "top_k": np.array([0, 40, 0, 0, 3, 5] * 2),
-        "top_p": np.array([1, 1, 0.9, 1, 0.5, 0.8] * 2),
-        "min_p": np.array([0, 0, 0, 0.01, 0, 0.1] * 2),
+        "temperature": np.array([1, 0.7, 2, 1, 0, 1] * 7),
+        "top_k": np.array([0, 40, 0, 0, 3, 5] * 7),
+        "top_p": np.array([1, 1, 0.9, 1, 0.5, 0.8] * 7),
+        "min_p": np.array([0, 0, 0, 0.01, 0, 0.1] * 7),
         "seed": rng.integers(2**32, size=(rows, 2)),
-        "num_logprobs": np.array([-1, 2, -1, -1, -1, 0] * 2),
+        "num_logprobs": np.array([-1, 2, -1, -1, -1, 0] * 7),
     }
     for start in range(0, 3000, 500):
         positions = start + np.arange(rows) % 5
-        together = run(logits, positions, **columns).tokens
-        alone = [run(logits[i], positions[i], **{name: column[[i]] for name, column in columns.items()}).tokens[0] for i in range(rows)]
-        assert together.tolist() == alone
+        out = run(logits, positions, **columns)
+        together = out.tokens
+        alone = [run(logits[i], positions[i], **{name: column[[i]] for name, column in columns.items()}) for i in range(rows)]
+        assert together.tolist() == [one.tokens[0] for one in alone]
+        asked = columns["num_logprobs"] >= 0
+        for name in ("ranks", "logprobs", "top_tokens"):
+            found, expected = getattr(out, name)[asked], np.concatenate([getattr(one, name) for one in alone])[asked]
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
         order = rng.permutation(rows)
         moved = run(logits[order], positions[order], **{name: column[order] for name, column in columns.items()}).tokens
         assert moved.tolist() == together[order].tolist()

@@ -92,4 +92,4 @@ def test_tensor_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     one, two, three = (generate(*common, size, cache=tmp_path) for size in "123")
     assert two.returncode == 0, two.stderr
     assert two.stdout == one.stdout and two.stdout.strip()
-    assert three.returncode == 1 and "generate.py: tensor_parallel_size is 3, but there are 2 devices (cpu)" in three.stderr
+    assert three.returncode == 2 and "tensor_parallel_size is 3, but there are 2 devices (cpu)" in three.stderr
