@@ -42,10 +42,10 @@ def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator) ->
     budget = max(512, 2 * count)
     scheduler = Scheduler(num_pages=count * 64, page_size=16, max_model_len=2048, max_num_seqs=count, max_num_batched_tokens=budget)
     buckets, sampling = make_buckets(count, budget), SamplingTable(count)
-    for number in range(count + waiting + num_steps):
-        scheduler.add(make_request(number, rng, max_tokens=int(rng.integers(200, 700))))
-    left = num_steps
+    numbers, left = itertools.count(), num_steps
     while left:
+        while scheduler.num_running + scheduler.num_waiting < count + max(waiting, 8):
+            scheduler.add(make_request(next(numbers), rng, max_tokens=int(rng.integers(200, 700))))
         times = [time.thread_time()]
         plan = scheduler.schedule()
         times.append(time.thread_time())
