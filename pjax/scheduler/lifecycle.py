@@ -13,11 +13,11 @@ from pjax.scheduler.table import UNKNOWN, SequenceTable
 class Lifecycle:
     """All unfinished sequences: their queue, their row, their pages."""
 
-    def __init__(self, table: SequenceTable, kv: KVManager, seconds_per_priority: float) -> None:
+    def __init__(self, table: SequenceTable, kv: KVManager, seconds_per_priority: float, most_short: int) -> None:
         self.table = table
         self.kv = kv
         self._seconds_per_priority = seconds_per_priority
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(most_short)
         self.running = RunningQueue()
         self.unfinished: dict[str, list[Request]] = {}  # sequences of one prompt share an id
         self.deadlines: RemovableHeap[str] = RemovableHeap()  # ids of those that have one
@@ -48,9 +48,8 @@ class Lifecycle:
             self.waiting.enqueue(leader)
 
     def start(self, request: Request, cached: list[int], now: float) -> None:
-        """Makes the first of the waiting ones run, on these cached pages."""
-        assert self.waiting.first is request
-        self.waiting.pop()
+        """Makes a waiting one run, on these cached pages."""
+        self.waiting.remove(request)
         for sequence in (request, *request.followers):
             sequence.row = self.table.allocate_row()
         request.status = RequestStatus.RUNNING
@@ -214,6 +213,7 @@ class Lifecycle:
             assert ranks == sorted(ranks), f"{status.value} requests are out of order: {ranks}"
             assert all(request.status is status for request in queue)
         assert not waiting or self.waiting.first is waiting[0]
+        assert set(self.waiting.short) <= set(waiting) and (self.waiting.num_short_tokens > 0) == (len(self.waiting.short) > 0)
         for request in running:
             behind = request.num_computed < request.num_planned or request.num_in_flight > 0
             assert behind == (request.candidates is None), f"request {request.request_id!r} has nothing to compute"

@@ -73,11 +73,29 @@ class RemovableHeap(Generic[T]):
 
 
 class WaitingQueue(RemovableHeap[Request]):
-    """Requests by rank."""
+    """Requests by rank. Those that had at most so many tokens when they came are also in `short`."""
+
+    def __init__(self, most_short: int) -> None:
+        super().__init__()
+        self.short: RemovableHeap[Request] = RemovableHeap()
+        self.num_short_tokens = 0  # of all in `short`
+        self._most_short = most_short
+        self._sizes: dict[Request, int] = {}
 
     def enqueue(self, request: Request) -> None:
         """Places a request, new or preempted."""
         self.add(request, request.rank)
+        if request.num_tokens <= self._most_short:
+            self.short.add(request, request.rank)
+            self._sizes[request] = request.num_tokens
+            self.num_short_tokens += request.num_tokens
+
+    def remove(self, item: Request) -> None:
+        """Takes one out; KeyError when it does not wait."""
+        super().remove(item)
+        if item in self.short:
+            self.short.remove(item)
+            self.num_short_tokens -= self._sizes.pop(item)
 
     def ordered(self) -> list[Request]:
         """All of them in order; sorts."""

@@ -2,13 +2,14 @@
 
 Each sequence has `num_computed` tokens in the pages and catches up with its `num_tokens`; every step gives it
 `min(budget, num_tokens - num_computed)`. That one rule carries chunked prefill, decode, and recomputation after a
-preemption. Order within a step: rows that need one token, then the rest of the running ones, then waiting ones, each
-the best rank first: by priority, and by arrival within one (`Lifecycle.add`). A waiting one begins behind the full
-pages that are cached, also those that an earlier row computes in this very step.
+preemption. Order within a step: rows that need one token, short prompts where long ones would take it all, the rest of the
+running rows, then waiting ones, each the best rank first: by priority, and by arrival within one (`Lifecycle.add`). A waiting
+one begins behind the full pages that are cached, also those that an earlier row computes in this very step.
 
 When pages run out the running request of the last rank is preempted. That of the first rank is never preempted for another,
-and fits the pool alone, so everything that is admitted ends. No waiting one is passed by one behind it, so each is
-admitted when those before it have ended.
+and fits the pool alone, so everything that is admitted ends. Each waiting one is admitted when those before it have ended.
+Only short prompts pass others, in up to a fourth of a step, and leave the first of those that wait its row and its pages
+(docs/decisions/0011-short-prompts.md).
 
 Of several sequences of one prompt the first computes it; the others follow, and already have rows. When the prompt is
 computed each of them gets a token of its own and all pages, and from then on is a sequence like any other.
@@ -33,6 +34,8 @@ from pjax.scheduler.plan import StepPlan
 from pjax.scheduler.request import Request, RequestStatus
 from pjax.scheduler.swap import SwapSpace
 from pjax.scheduler.table import SequenceTable
+
+SHORT_SHARE = 4  # short prompts get at most one in so many of a step's tokens, where long ones want them too
 
 
 class Scheduler:
@@ -67,7 +70,8 @@ class Scheduler:
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
         swap = SwapSpace(num_host_slots, page_size, preemption_mode)
         self.kv = KVManager(self.pool, self.table, page_size, swap, enable_prefix_caching=enable_prefix_caching)
-        self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority)
+        self._most_short = (max_num_batched_tokens - max_num_seqs) // SHORT_SHARE  # there is room for them though all rows decode
+        self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority, self._most_short)
         self._num_in_flight = 0  # steps planned and not committed
 
     @property
@@ -149,6 +153,7 @@ class Scheduler:
         Pages for all its tokens are allocated. Steps are run and committed in the order in which they are planned.
         """
         budget, running = self.max_num_batched_tokens, self.sequences.running
+        now = time.monotonic() if now is None else now
         given: dict[Request, int] = {}
         decode: list[tuple[Request, int]] = []
         prefill: list[tuple[Request, int]] = []
@@ -156,8 +161,25 @@ class Scheduler:
             count = self._num_behind(request)
             if count > 0:
                 (decode if count == 1 else prefill).append((request, count))
-        preempted = False
-        for request, count in decode + prefill:
+        prefill.sort(key=lambda row: row[1] > self._most_short)  # what is short or nearly done first
+        num_preemptions = self.sequences.num_preemptions
+        budget = self._advance(decode, given, budget)
+        if self.sequences.waiting.short and self.sequences.num_preemptions == num_preemptions:
+            budget -= self._admit_short(prefill, given, budget, now)
+        budget = self._advance(prefill, given, budget)
+        for request, count in given.items():
+            self.kv.remember(request, min(request.num_computed + count, request.num_tokens))
+        if self.sequences.num_preemptions == num_preemptions:
+            self._admit(given, budget, now)
+        while not given and self.sequences.waiting and not self._num_in_flight:
+            self.sequences.preempt(running.last)  # all that run are beams that wait for one of those that don't
+            self._admit(given, budget, now)
+        return self._launch(given) if given else None
+
+    def _advance(self, rows: list[tuple[Request, int]], given: dict[Request, int], budget: int) -> int:
+        """Gives running rows the tokens that they are behind, and their pages, for which the last ranks are preempted; the budget left."""
+        running = self.sequences.running
+        for request, count in rows:
             if budget == 0:
                 break
             if request.status is not RequestStatus.RUNNING:
@@ -167,21 +189,12 @@ class Scheduler:
                 victim = running.last
                 budget += given.pop(victim, 0)
                 self.sequences.preempt(victim)
-                preempted = True
                 if victim is request:
                     break
             else:
                 given[request] = count
                 budget -= count
-        for request, count in given.items():
-            self.kv.remember(request, min(request.num_computed + count, request.num_tokens))
-        now = time.monotonic() if now is None else now
-        if not preempted:
-            self._admit(given, budget, now)
-        while not given and self.sequences.waiting and not self._num_in_flight:
-            self.sequences.preempt(running.last)  # all that run are beams that wait for one of those that don't
-            self._admit(given, budget, now)
-        return self._launch(given) if given else None
+        return budget
 
     def _num_behind(self, request: Request) -> int:
         """Tokens to compute next: none of a beam that waits to be continued, or where the token under way is the last one."""
@@ -204,6 +217,39 @@ class Scheduler:
         self.sequences.expect(plan)
         return plan
 
+    def _admit_short(self, prefill: list[tuple[Request, int]], given: dict[Request, int], budget: int, now: float) -> int:
+        """Admits short prompts past rows and waiting ones that want more than there is; how many tokens they take.
+
+        Nobody loses a row, pages or more than its share of the budget for it, and no better priority is passed.
+        """
+        waiting, taken = self.sequences.waiting, 0
+        if sum(count for _, count in prefill) + waiting.first.num_tokens <= budget:
+            return 0
+        room = sum(self.kv.num_pages_for(count) + 2 for _, count in prefill)  # of the rows' prompts, and a page each to be copied
+        priority = min((request.priority for request, _ in prefill), default=waiting.first.priority)
+        while waiting.short and (request := waiting.short.first).priority <= min(priority, waiting.first.priority):
+            cached = self.kv.find_cached(request)
+            count = request.num_tokens - len(cached) * self.kv.page_size
+            num_rows, num_pages = len(request.followers) + 1, len(request.followers) + room
+            if request is not (first := waiting.first):
+                num_rows += len(first.followers) + 1
+                num_pages += len(first.followers) + self.kv.num_pages_for(min(first.num_tokens + 1, self.max_model_len))
+            if request.num_in_flight or taken + count > budget // SHORT_SHARE or self.table.num_free_rows < num_rows:
+                break
+            if not self.kv.can_start(cached, min(request.num_tokens + 1, self.max_model_len), more=num_pages):
+                break
+            taken += self._start(given, request, cached, count, now)
+        return taken
+
+    def _start(self, given: dict[Request, int], request: Request, cached: list[int], budget: int, now: float) -> int:
+        """Admits a request, whose pages are there; how many tokens of the budget it takes."""
+        self.sequences.start(request, cached, now)
+        count = min(budget, request.num_tokens - request.num_computed)
+        self.kv.extend(request, request.num_computed + count)
+        self.kv.remember(request, request.num_computed + count)
+        given[request] = count
+        return count
+
     def _admit(self, given: dict[Request, int], budget: int, now: float) -> None:
         waiting = self.sequences.waiting
         while waiting and budget > 0 and self.table.num_free_rows > len(waiting.first.followers):
@@ -216,12 +262,7 @@ class Scheduler:
             cached = self.kv.find_cached(request)
             if not self.kv.can_start(cached, most, more=len(request.followers)) and self.sequences.running:
                 break
-            self.sequences.start(request, cached, now)
-            count = min(budget, request.num_tokens - request.num_computed)
-            self.kv.extend(request, request.num_computed + count)
-            self.kv.remember(request, request.num_computed + count)
-            given[request] = count
-            budget -= count
+            budget -= self._start(given, request, cached, budget, now)
 
     def preempt_all(self) -> None:
         """Every running request waits and will be computed again: a step failed, and the device may have lost its pages.
