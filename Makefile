@@ -89,6 +89,8 @@ test-parallel: $(VENV)/.test $(AOT_VENV)/.done ## tensor parallelism on eight CP
 
 CLIENTS_VENV ?= .venv-clients
 OPENAI_NODE := openai@7.57.0
+GUIDELLM_VENV ?= .venv-guidellm
+GUIDELLM := guidellm==0.3.1 # the last one without torch
 
 $(CLIENTS_VENV)/.done: clients/requirements.txt
 	@echo "installing clients of the server into $(CLIENTS_VENV)" >&2
@@ -97,8 +99,15 @@ $(CLIENTS_VENV)/.done: clients/requirements.txt
 	@mkdir -p $(CLIENTS_VENV)/node && cd $(CLIENTS_VENV)/node && npm install --silent --no-audit --no-fund $(OPENAI_NODE)
 	@touch $@
 
-test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done ## the server by the clients that people use, in an environment of their own
-	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node $(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
+$(GUIDELLM_VENV)/.done: Makefile
+	@echo "installing guidellm into $(GUIDELLM_VENV)" >&2
+	@$(PYTHON) -m venv "$(GUIDELLM_VENV)"
+	@$(GUIDELLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(GUIDELLM)
+	@touch $@
+
+test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done $(GUIDELLM_VENV)/.done ## the server by the clients that people use, in an environment of their own
+	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node CLIENTS_GUIDELLM=$(GUIDELLM_VENV)/bin/guidellm \
+		$(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
 
 PAGE_VENV ?= .venv-page-$(notdir $(PYTHON))
 
