@@ -64,7 +64,11 @@ def pack_scored(plan: StepPlan, first_packed: Ints, num_tokens: int) -> ScoredTo
 
 
 def score_prompt(model: Any, hidden: jax.Array, scored: ScoredTokens, vocabulary: Vocabulary = WHOLE) -> PromptScores:
-    """Scores the targets by the hidden states [T, D] before them. With none to score the loop has no turn."""
+    """Scores the targets by the hidden states [T, D] before them.
+
+    With none to score nothing is computed. A loop without turns is not enough for that: where one block holds all tokens its
+    body is the same in every turn, and XLA computes it before the loop.
+    """
     num_tokens = hidden.shape[0]
     block = min(num_tokens, BLOCK)
     size = -(-num_tokens // block) * block
@@ -88,4 +92,7 @@ def score_prompt(model: Any, hidden: jax.Array, scored: ScoredTokens, vocabulary
         written: PromptScores = jax.tree.map(lambda array, part: lax.dynamic_update_slice_in_dim(array, part, at, axis=0), scores, new)
         return written
 
-    return lax.fori_loop(0, (scored.count + block - 1) // block, score, empty)
+    def score_all() -> PromptScores:
+        return lax.fori_loop(0, (scored.count + block - 1) // block, score, empty)
+
+    return lax.cond(scored.count > 0, score_all, lambda: empty)

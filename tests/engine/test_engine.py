@@ -34,8 +34,11 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     writers = write_row, write_tokens
     sizes = [writer._cache_size() for writer in writers]  # type: ignore[attr-defined]
     for bucket in runner.buckets:
-        memory = runner._compiled_step(bucket).memory_analysis()
+        step = runner._compiled_step(bucket)
+        memory = step.memory_analysis()
         assert memory.alias_size_in_bytes == runner._pages.nbytes + runner._tokens.nbytes, "the pool is updated in place"
+        always = step.as_text().partition("\nENTRY ")[2]
+        assert always and " sort(" not in always and '"TopK"' not in always, "what no row asked for is computed for all"
     rng = np.random.default_rng(3)
     engine, left, most = llm.engine, 200, 0
     while left or engine.has_unfinished_requests:
