@@ -6,6 +6,7 @@ All figures are printed, and written with --json; nothing is left out of them bu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pjax.cli.bench_data import percentiles, random_requests, rates, read_dataset
+from pjax.cli.breakdown import break_down
 from pjax.cli.common import add_model, engine_options, model_or_demo
 from pjax.cli.flags import Parser, make_parser, size
 from pjax.errors import ConfigError
@@ -28,6 +30,7 @@ def add_arguments(parser: Parser) -> None:
     latency.add_argument("--batch-size", type=size, default=1, metavar="N", help="requests at once (default: 1)")
     latency.add_argument("--num-iters", type=size, default=5, metavar="N", help="batches that count (default: 5)")
     latency.add_argument("--num-iters-warmup", type=size, default=1, metavar="N", help="batches before them (default: 1)")
+    latency.add_argument("--breakdown", action="store_true", help="one more batch, traced: attention, products, sampling, host")
     text = "Runs all requests at once and counts requests and tokens a second."
     throughput = make_parser("pjax bench throughput", text, kinds, "throughput", "many requests at once")
     text = "Sends requests to a server as they would arrive, and measures what a client sees."
@@ -76,17 +79,21 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one batch, in percentiles over its repetitions."""
     llm, params = _open(args), _params([args.output_len])[0]
     prompts = [ids for ids, _ in random_requests(args, args.batch_size, llm.engine.model_config.vocab_size)]
-    # Prompts differ from round to round, so that no round finds the pages of the one before.
-    seconds = []
-    for index in range(args.num_iters_warmup + args.num_iters):
+    rounds = itertools.count()
+
+    def batch() -> float:
+        # Prompts differ from round to round, so that no round finds the pages of the one before.
+        index = next(rounds)
         moved = [ids[index % len(ids) :] + ids[: index % len(ids)] for ids in prompts]
         started = time.perf_counter()
         llm.generate(moved, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - started)
-    taken = seconds[args.num_iters_warmup :]
+        return time.perf_counter() - started
+
+    taken = [batch() for _ in range(args.num_iters_warmup + args.num_iters)][args.num_iters_warmup :]
     tokens = args.batch_size * args.output_len
     mean = sum(taken) / len(taken)
-    return {"batch_size": args.batch_size, "latency_s": percentiles(taken), "output_tokens_per_s": tokens / mean, "runs_s": taken}
+    figures = {"batch_size": args.batch_size, "latency_s": percentiles(taken), "output_tokens_per_s": tokens / mean, "runs_s": taken}
+    return figures | ({"breakdown": break_down(llm, batch)} if args.breakdown else {})
 
 
 def throughput(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +132,10 @@ def report(figures: dict[str, Any]) -> None:
     for text in figures.get("errors", ()):
         print(f"pjax bench: {text}", file=sys.stderr)
     for name, value in figures.items():
-        if isinstance(value, dict):
+        if name == "breakdown":
+            print("breakdown: milliseconds a step, and the shares of its parts in percent")
+            report(value)
+        elif isinstance(value, dict):
             print(f"{name:<22} " + "  ".join(f"{key} {number:.4g}" for key, number in value.items()))
         elif not isinstance(value, list):
             print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")

@@ -29,6 +29,11 @@ class Bucket:
     num_tokens: int  # T
     num_rows: int  # S
 
+    @property
+    def name(self) -> str:
+        """Of the step in a profiler's trace: decode_64, mixed_512."""
+        return f"decode_{self.num_rows}" if self.decode_only else f"mixed_{self.num_tokens}"
+
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
     """The short list of shapes that serves every plan: powers of two of decode rows, and of packed tokens."""

@@ -116,7 +116,7 @@ class ModelRunner:
         vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
         most = min(MAX_CANDIDATES, self._vocab_size)
         step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary, tuple(processors.values()))
-        self._step = jit_step(step if shares is None else shard_step(step, shares), self._pool_format)
+        self._step = step if shares is None else shard_step(step, shares)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
@@ -251,9 +251,14 @@ class ModelRunner:
         inputs = input_struct(bucket, width, max_num_seqs=self.config.max_num_seqs, vocab_size=self._vocab_size)
         if self._input_sharding is not None:
             inputs = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), inputs)
-        compiled = self._step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
+        step = jit_step(self._step, self._pool_format, bucket.name)
+        compiled = step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
         return compiled
+
+    def compiled_texts(self) -> dict[str, str]:
+        """The HLO of the compiled steps by the names of their buckets."""
+        return {bucket.name: step.as_text() for bucket, step in self._compiled.items()}
 
     def close(self) -> None:
         """Stops the compiling threads; what they have not begun is dropped."""

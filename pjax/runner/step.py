@@ -68,9 +68,15 @@ def shard_step(step: Any, shares: Shares) -> Any:
     return jax.shard_map(step, mesh=shares.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
-def jit_step(step: Any, pool_format: Any) -> Any:
-    """The step, jitted: the pool is given away and comes back in its own place and order."""
-    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(pool_format, None, None))
+def jit_step(step: Any, pool_format: Any, name: str = "step") -> Any:
+    """The step, jitted under a name: the pool is given away and comes back in its own place and order."""
+
+    def named(params: Sequence[jax.Array], pages: jax.Array, tokens: jax.Array, inputs: StepInput) -> tuple[jax.Array, jax.Array, Sampled]:
+        made: tuple[jax.Array, jax.Array, Sampled] = step(params, pages, tokens, inputs)
+        return made
+
+    named.__name__ = named.__qualname__ = name
+    return jax.jit(named, donate_argnums=(1, 2), out_shardings=(pool_format, None, None))
 
 
 def known_tokens(inputs: StepInput, positions: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -176,8 +176,8 @@ def test_measurements_count_what_ran(pjax: Run, model: Path, server: Running, tm
         assert all(name in out for name in found if not name.endswith("runs_s"))
         return found
 
-    found = figures("latency", "--batch-size", "2", "--num-iters", "3", *here)
-    assert len(found["runs_s"]) == 3
+    found = figures("latency", "--batch-size", "2", "--num-iters", "3", "--breakdown", *here)
+    assert len(found["runs_s"]) == 3 and found["breakdown"]["decode_2"]["steps"] == 4  # the prompts take two
     assert found["latency_s"]["max"] == max(found["runs_s"])
     found = figures("throughput", "--num-prompts", "6", "--range-ratio", "0.5", *here)
     assert found["requests"] == 6
