@@ -20,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test test-parallel test-aot test-clients test-page check-docker docs check format bench soak clean
+.PHONY: help generate serve test test-parallel test-aot test-clients test-page check-docker docs check format bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -148,6 +148,12 @@ format: $(VENV)/.test ## format, and mend what the linter can mend
 
 bench: $(VENV)/.test ## throughput on this machine (BENCH_ARGS=…)
 	$(VENV)/bin/python benchmarks/throughput.py $(BENCH_ARGS)
+
+PEERS ?= .peers
+bench-peers: $(VENV)/.test ## pjax beside vLLM, llama.cpp, CTranslate2 and transformers; Python 3.11, half an hour of setting up (BENCH_ARGS=…)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.9'
+	bash benchmarks/peers/setup.sh $(PYTHON) $(PEERS) $(VENV)/bin/python
+	$(VENV)/bin/python -m benchmarks.peers.run --folder $(PEERS) $(BENCH_ARGS)
 
 soak: $(VENV)/.test ## thousands of random requests through a small engine with too little memory; minutes (SOAK_ARGS=…)
 	$(VENV)/bin/python -m tests.soak $(SOAK_ARGS)
