@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -30,11 +29,10 @@ def tokens_of(index: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def two(cluster: Cluster) -> Iterator[Cluster]:
+def two(cluster: Cluster) -> Cluster:
     """Two replicas."""
     serve.run(build_app({**cluster.arguments, "num_replicas": 2}), route_prefix="/")
-    yield cluster
-    serve.delete("default")
+    return cluster
 
 
 def client_of(cluster: Cluster) -> openai.AsyncOpenAI:
@@ -132,20 +130,23 @@ def test_errors_and_keys_pass_through_the_proxy(two: Cluster) -> None:
     assert httpx2.get(f"{two.url}/ready", timeout=60).status_code == 200
 
 
-class Fragile(Replica):
-    """An engine that can be broken, as a device that fails would."""
+def fragile() -> type[Replica]:
+    """A replica whose engine can be broken. A class of a function travels by value: replicas can't import tests."""
 
-    def fail(self) -> None:
-        def step() -> None:
-            raise RuntimeError("the device is gone")
+    class Fragile(Replica):
+        def fail(self) -> None:
+            def step() -> None:
+                raise RuntimeError("the device is gone")
 
-        self.llm.engine.step = step  # type: ignore[method-assign, assignment]
+            self.llm.engine.step = step  # type: ignore[method-assign, assignment]
+
+    return Fragile
 
 
 def test_an_engine_that_died_is_replaced(cluster: Cluster) -> None:
-    serve.delete("default")
     options = {"name": "fragile", "health_check_period_s": 1, "ray_actor_options": {"num_cpus": 1}}
-    handle = serve.run(serve.deployment(**options)(serve.ingress()(Fragile)).bind(cluster.arguments), route_prefix="/")
+    handle = serve.run(serve.deployment(**options)(serve.ingress()(fragile())).bind(cluster.arguments), route_prefix="/")
+    wait_for(lambda: len(cluster.replicas()) == 1)  # those of the test before are gone
     [before] = [process.pid for process in cluster.replicas()]
     body = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0}
     assert httpx2.post(f"{cluster.url}/v1/completions", json=body, timeout=120).status_code == 200
@@ -161,7 +162,6 @@ def test_an_engine_that_died_is_replaced(cluster: Cluster) -> None:
         return httpx2.post(f"{cluster.url}/v1/completions", json=body, timeout=120).status_code == 200
 
     wait_for(answers)
-    serve.delete("default")
 
 
 def test_a_replica_that_is_let_go_ends_its_streams_first(cluster: Cluster, llm: LLM) -> None:
