@@ -39,6 +39,10 @@ class RayConfig:
     max_replicas: int = 1
     target_ongoing_requests: float = 128.0
     """Requests that run or wait, for each replica: more start a replica, fewer end one."""
+    upscale_delay: float = 30.0
+    """Seconds that queues must be too long before a replica is started."""
+    downscale_delay: float = 600.0
+    """Seconds that they must be too short before one is ended."""
     max_ongoing_requests: int = 256
     """Requests that a replica is given at once; the proxy holds the others back."""
     num_cpus: float = 1.0
@@ -57,7 +61,7 @@ class RayConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= {least}")
-        for name in ("target_ongoing_requests", "num_cpus", "num_gpus"):
+        for name in ("target_ongoing_requests", "upscale_delay", "downscale_delay", "num_cpus", "num_gpus"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value!r}, but must be a number >= 0")
@@ -89,7 +93,8 @@ class RayConfig:
         chosen: dict[str, Any] = {"num_replicas": self.num_replicas}
         if self.num_replicas is None:
             names = ("min_replicas", "max_replicas", "target_ongoing_requests")
-            chosen = {"autoscaling_config": {name: getattr(self, name) for name in names}}
+            delays = {"upscale_delay_s": self.upscale_delay, "downscale_delay_s": self.downscale_delay}
+            chosen = {"autoscaling_config": {name: getattr(self, name) for name in names} | delays}
         return chosen | {
             "name": NAME,
             "max_ongoing_requests": self.max_ongoing_requests,

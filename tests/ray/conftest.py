@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax; replicas inherit it
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import httpx2
 import psutil

@@ -164,6 +164,33 @@ def test_an_engine_that_died_is_replaced(cluster: Cluster) -> None:
     wait_for(answers)
 
 
+def test_long_queues_start_a_replica_and_short_ones_end_it(cluster: Cluster) -> None:
+    scaled = {"max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay": 0.5, "downscale_delay": 0.5}
+    serve.run(build_app({**cluster.arguments, **scaled}), route_prefix="/")
+    wait_for(lambda: len(cluster.replicas()) == 1)
+    more = asyncio.Event()
+
+    async def ask(client: openai.AsyncOpenAI) -> int:
+        count = 0
+        while not more.is_set():
+            answer = await client.completions.create(model="tiny", prompt="a", max_tokens=100, extra_body={"ignore_eos": True})
+            assert answer.usage is not None and answer.usage.completion_tokens == 100
+            count += 1
+        return count
+
+    async def load() -> list[int]:
+        async with client_of(cluster) as client:
+            asked = [asyncio.create_task(ask(client)) for _ in range(12)]
+            try:
+                await asyncio.wait_for(asyncio.to_thread(wait_for, lambda: len(cluster.replicas()) == 2), 130)
+            finally:
+                more.set()
+            return await asyncio.gather(*asked)
+
+    assert all(asyncio.run(load()))
+    wait_for(lambda: len(cluster.replicas()) == 1)
+
+
 def test_a_replica_that_is_let_go_ends_its_streams_first(cluster: Cluster, llm: LLM) -> None:
     serve.run(build_app({**cluster.arguments, "num_replicas": 1}), route_prefix="/")
     end = threading.Thread(target=serve.delete, args=("default",))
