@@ -37,6 +37,7 @@ class RayConfig:
     min_replicas: int = 1
     """0 lets go of all of them when nobody asks; the next request then waits for the model to load."""
     max_replicas: int = 1
+    """The most that queues can start."""
     target_ongoing_requests: float = 128.0
     """Requests that run or wait, for each replica: more start a replica, fewer end one."""
     upscale_delay: float = 30.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pjax.cli.flags import field_docs
 from pjax.errors import ConfigError
 from pjax.ray_serve import NAME, RayConfig, read
 from tests.test_house import loaded_after
@@ -96,6 +98,13 @@ def test_manifests_ask_for_what_their_replicas_use(path: Path) -> None:
 
 def test_both_kinds_of_manifests_are_there() -> None:
     assert [path.name for path in MANIFESTS] == ["kuberay-gpu.yaml", "kuberay-tpu.yaml"]
+
+
+def test_the_document_tells_every_setting_of_ray() -> None:
+    text = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+    for item in fields(RayConfig):
+        default = "" if item.default is None else f"{item.default:g}"
+        assert f"| `{item.name}` | {default} | {field_docs(RayConfig)[item.name]} |" in text
 
 
 def test_importing_the_deployment_loads_neither_ray_nor_jax(tmp_path: Path) -> None:
