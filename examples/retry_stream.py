@@ -40,8 +40,10 @@ async def retried(client: openai.AsyncOpenAI, attempts: int = 5, **request: Any)
                     if seen > given:
                         yield choice.text[given - seen :]
                         given = seen
-        except openai.APIConnectionError:
-            pass  # the connection broke off: so does what is read of the stream
+        except openai.APIStatusError:
+            raise  # an answer, which the client has asked for max_retries times already where that could help
+        except openai.APIError:
+            pass  # the connection broke, or the stream itself told that the engine failed
         finally:
             if stream is not None:
                 await stream.close()

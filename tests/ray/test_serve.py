@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import httpx2
@@ -134,34 +135,47 @@ def fragile() -> type[Replica]:
     """A replica whose engine can be broken. A class of a function travels by value: replicas can't import tests."""
 
     class Fragile(Replica):
+        def slow(self) -> None:
+            """A stream of 100 tokens takes five seconds and more."""
+            engine = self.llm.engine
+            step = engine.step
+
+            def step_slowly() -> Any:
+                time.sleep(0.05)
+                return step()
+
+            engine.step = step_slowly  # type: ignore[method-assign]
+
         def fail(self) -> None:
-            def step() -> None:
+            def step() -> Any:
                 raise RuntimeError("the device is gone")
 
-            self.llm.engine.step = step  # type: ignore[method-assign, assignment]
+            self.llm.engine.step = step  # type: ignore[method-assign]
 
     return Fragile
 
 
-def test_an_engine_that_died_is_replaced(cluster: Cluster) -> None:
+def test_an_engine_that_died_is_replaced_and_its_stream_goes_on(cluster: Cluster, llm: LLM) -> None:
     options = {"name": "fragile", "health_check_period_s": 1, "ray_actor_options": {"num_cpus": 1}}
     handle = serve.run(serve.deployment(**options)(serve.ingress()(fragile())).bind(cluster.arguments), route_prefix="/")
     wait_for(lambda: len(cluster.replicas()) == 1)  # those of the test before are gone
     [before] = [process.pid for process in cluster.replicas()]
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0}
-    assert httpx2.post(f"{cluster.url}/v1/completions", json=body, timeout=120).status_code == 200
-    handle.fail.remote().result()
-    assert httpx2.post(f"{cluster.url}/v1/completions", json=body, timeout=120).status_code >= 500
+    handle.slow.remote().result()
 
-    def replaced() -> bool:
-        return before not in [process.pid for process in cluster.replicas()]
+    async def read() -> str:
+        text = ""
+        async with client_of(cluster) as client:
+            request: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+            async for piece in retried(client, attempts=10, model="tiny", prompt="a story", **request):
+                if not text:
+                    await asyncio.to_thread(lambda: handle.fail.remote().result())
+                text += piece
+        return text
 
-    wait_for(replaced)
-
-    def answers() -> bool:
-        return httpx2.post(f"{cluster.url}/v1/completions", json=body, timeout=120).status_code == 200
-
-    wait_for(answers)
+    text = asyncio.run(read())
+    [output] = llm.generate(["a story"], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), use_tqdm=False)
+    assert text == output.outputs[0].text
+    assert before not in [process.pid for process in cluster.replicas()], "the stream had ended before the engine was broken"
 
 
 def test_long_queues_start_a_replica_and_short_ones_end_it(cluster: Cluster) -> None:
