@@ -16,7 +16,7 @@ from ray import serve
 
 from examples.retry_stream import retried
 from pjax import LLM, SamplingParams
-from pjax.ray_serve import Replica, build_app
+from pjax.ray_serve import RayConfig, Replica, build_app
 from tests.ray.conftest import Cluster, wait_for
 
 NUM_REQUESTS = 200
@@ -206,7 +206,9 @@ def test_long_queues_start_a_replica_and_short_ones_end_it(cluster: Cluster) -> 
 
 
 def test_a_replica_that_is_let_go_ends_its_streams_first(cluster: Cluster, llm: LLM) -> None:
-    serve.run(build_app({**cluster.arguments, "num_replicas": 1}), route_prefix="/")
+    options = RayConfig(num_replicas=1).options(30)
+    handle = serve.run(serve.deployment(**options)(serve.ingress()(fragile())).bind(cluster.arguments), route_prefix="/")
+    handle.slow.remote().result()
     end = threading.Thread(target=serve.delete, args=("default",))
 
     async def read() -> str:
