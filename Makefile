@@ -20,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test test-parallel test-aot test-clients test-page check-docker docs check format bench bench-peers soak clean
+.PHONY: help generate serve test test-parallel test-aot test-clients test-ray test-page check-docker docs check format bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -66,7 +66,7 @@ WORKERS ?= 2
 TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
-	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore=tests/parallel $(PYTEST_ARGS) $(TESTS)
+	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore=tests/parallel --ignore=tests/ray $(PYTEST_ARGS) $(TESTS)
 
 AOT_VENV ?= .venv-aot-$(notdir $(PYTHON))
 JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[tpu] jax-cuda13-plugin jax-cuda13-pjrt)
@@ -108,6 +108,18 @@ $(GUIDELLM_VENV)/.done: Makefile
 test-clients: $(VENV)/.test $(CLIENTS_VENV)/.done $(GUIDELLM_VENV)/.done ## the server by the clients that people use, in an environment of their own
 	PJAX_PYTHON=$(VENV)/bin/python CLIENTS_NODE=$(CLIENTS_VENV)/node CLIENTS_GUIDELLM=$(GUIDELLM_VENV)/bin/guidellm \
 		$(CLIENTS_VENV)/bin/python -m pytest -c clients/pytest.ini $(PYTEST_ARGS) clients
+
+RAY_VENV ?= .venv-ray-$(notdir $(PYTHON))
+
+$(RAY_VENV)/.done: VENV := $(RAY_VENV)
+$(RAY_VENV)/.done: $(LISTS)
+	@echo "installing pjax and Ray into $(RAY_VENV)" >&2
+	@$(PYTHON) -m venv "$(RAY_VENV)"
+	@$(install_pjax) -e '.[ray]' pytest pytest-timeout openai==3.54.0
+	@touch $@
+
+test-ray: $(RAY_VENV)/.done ## a Ray cluster on this machine: streams, a replica killed, scaling, batches; in an environment of its own
+	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(RAY_VENV)/bin/python -m pytest -c tests/ray/pytest.ini $(PYTEST_ARGS) tests/ray
 
 PAGE_VENV ?= .venv-page-$(notdir $(PYTHON))
 

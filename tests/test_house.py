@@ -45,6 +45,7 @@ MAY_IMPORT["server"] = {*MAY_IMPORT} - {"llm"}
 MAY_IMPORT["verify"] = {"models", "errors"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 MAY_IMPORT["__main__"] = {*MAY_IMPORT}
+MAY_IMPORT["ray_serve"] = {"server", "engine", "cli", "errors"}
 
 # part -> the only third-party packages it may import; parts that are not named may import any but torch.
 MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {

@@ -17,9 +17,11 @@ import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import configargparse
+
+from pjax.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -76,6 +78,38 @@ def make_parser(prog: str, text: str, commands: Any = None, name: str = "", summ
         "--config", is_config_file=True, metavar="FILE", help="YAML with flags by their names; each is also read from PJAX_<NAME>"
     )
     return parser
+
+
+class _Settings(Parser):
+    """Tells what is wrong to a program."""
+
+    def error(self, message: str) -> NoReturn:
+        """ConfigError instead of an exit."""
+        raise ConfigError(message)
+
+
+def settings_parser(prog: str) -> Parser:
+    """A parser for `parse_mapping`, which reads the environment too."""
+    return _Settings(
+        prog=prog,
+        config_file_parser_class=_Yaml,
+        auto_env_var_prefix=PREFIX,
+        add_env_var_help=False,
+        add_config_file_help=False,
+        add_help=False,
+        allow_abbrev=False,
+    )
+
+
+def parse_mapping(parser: Parser, given: Mapping[str, Any]) -> argparse.Namespace:
+    """Flags from a mapping, each value as in YAML or as text. ConfigError for what is wrong."""
+    import yaml
+
+    try:
+        text = yaml.safe_dump(dict(given))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a setting is neither text, number, truth value nor a list of them: {error}") from None
+    return cast(argparse.Namespace, parser.parse_args([], config_file_contents=text))
 
 
 def field_docs(cls: type) -> dict[str, str]:

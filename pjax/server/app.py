@@ -26,12 +26,15 @@ from pjax.server.security import Gate
 from pjax.server.service import Service, json_response, now
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
+def create_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> FastAPI:
     """The server's application. `app.state.service` holds its parts; the caller shuts `llm` down.
+
+    Args:
+      engine_label: the metrics' label `engine`, which tells copies of a model apart.
 
     Raises ConfigError when the engine has no tokenizer.
     """
-    metrics = ServerMetrics(llm, config.model_names[0])
+    metrics = ServerMetrics(llm, config.model_names[0], engine_label)
     service = Service(
         config=config,
         bridge=Bridge(llm, metrics, config.request_timeout),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from pjax.engine import AsyncLLM
@@ -31,20 +32,33 @@ LATE = 5.0  # seconds that requests get to say that they were cut off
 def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`."""
     set_up(config.log_level, config.log_format)
-    if config.chat_template is not None:
-        config = replace(config, chat_template=read_template(config.chat_template))
+    config = with_template(config)
     with bind(config.host, config.port) as listener:
-        llm = AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **vars(config.engine))
-        return serve_llm(llm, config, listener)
+        return serve_llm(open_engine(config), config, listener)
+
+
+def with_template(config: ServerConfig) -> ServerConfig:
+    """The settings with their chat template's text instead of its file, before a model is loaded in vain."""
+    return config if config.chat_template is None else replace(config, chat_template=read_template(config.chat_template))
+
+
+def open_engine(config: ServerConfig) -> AsyncLLM:
+    """The engine that the settings ask for; the caller closes it."""
+    return AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **vars(config.engine))
+
+
+def make_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> FastAPI:
+    """`create_app` for settings that `with_template` gave; streams end when they are done, not at once on SIGTERM."""
+    if config.chat_template is not None and llm.engine.tokenizer is not None:
+        llm.engine.tokenizer.chat_template = config.chat_template
+    AppStatus.enable_automatic_graceful_drain = False
+    return create_app(llm, config, engine_label)
 
 
 def serve_llm(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
     """Serves an engine that is there, at a socket that is bound, and closes the engine; the exit status."""
     try:
-        if config.chat_template is not None and llm.engine.tokenizer is not None:
-            llm.engine.tokenizer.chat_template = config.chat_template
-        app = create_app(llm, config)
-        AppStatus.enable_automatic_graceful_drain = False  # or else every stream ends at once on SIGTERM
+        app = make_app(llm, config)
         server = Server(uvicorn_config(app, config), app.state.service.bridge, config.drain_seconds)
         scheme = "https" if config.ssl_certfile else "http"
         log.info("serving %s at %s://%s:%d", config.model_names[0], scheme, config.host, listener.getsockname()[1])

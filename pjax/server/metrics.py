@@ -27,11 +27,12 @@ class ServerMetrics:
     Args:
       llm: its figures are read when somebody asks for them.
       model_name: the label that tells several servers apart.
+      engine: the label that tells copies of one model apart.
     """
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+    def __init__(self, llm: AsyncLLM, model_name: str, engine: str = "0") -> None:
         self.registry = CollectorRegistry()
-        self._labels = (model_name, "0")
+        self._labels = (model_name, engine)
 
         def histogram(name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, LABELS, registry=self.registry, buckets=bounds).labels(*self._labels)

@@ -1,4 +1,5 @@
-"""examples/rollouts.py on two devices: one set of parameters, the same log-probabilities on both sides."""
+"""examples/rollouts.py on two devices, with one set of parameters, and examples/rollout_worker.py in two processes: the same
+log-probabilities on both sides."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from tests.tiny import write_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_rollouts(tmp_path: Path) -> None:
+def run(name: str, tmp_path: Path, *arguments: str) -> str:
+    """What an example prints: every turn both sides agreed, and the model learned."""
     folder = write_model(tmp_path / "tiny", tokenizer=False)
     # Logits of a few units, as trained models have: float32 can tell log-probabilities to 1e-5 then.
     tensors = {name: tensor * (1 if "norm" in name else 0.5) for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -26,13 +27,27 @@ def test_rollouts(tmp_path: Path) -> None:
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path),
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "examples" / "rollouts.py"), str(folder), "2"]
+    command = [sys.executable, str(ROOT / "examples" / name), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
-    before, parameters, more, pages = map(int, re.findall(r" (\d+)", done.stdout.splitlines()[0].replace(",", "").replace(";", "")))
-    assert before == parameters and pages <= more < pages + parameters / 4, done.stdout  # no second set of parameters
     differences = [float(found) for found in re.findall(r"differ by (\S+) at most", done.stdout)]
     assert len(differences) == 8 and max(differences) < 1e-5, done.stdout
-    assert "the engine reads the trainer's own arrays: True" in done.stdout
     rewards = [float(found) for found in re.findall(r"mean reward (\S+),", done.stdout)]
     assert sum(rewards[-3:]) > sum(rewards[:3]), rewards
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_rollouts(tmp_path: Path) -> None:
+    printed = run("rollouts.py", tmp_path, "2")
+    before, parameters, more, pages = map(int, re.findall(r" (\d+)", printed.splitlines()[0].replace(",", "").replace(";", "")))
+    assert before == parameters and pages <= more < pages + parameters / 4, printed  # no second set of parameters
+    assert "the engine reads the trainer's own arrays: True" in printed
+
+
+@pytest.mark.slow
+def test_a_worker_in_a_process_of_its_own_samples_from_the_newest_parameters(tmp_path: Path) -> None:
+    """Old parameters would be told by the differences: a turn changes log-probabilities by far more than 1e-5."""
+    printed = run("rollout_worker.py", tmp_path)
+    trainer, worker = re.findall(r"process (\d+), the worker (\d+)", printed)[0]
+    assert trainer != worker
