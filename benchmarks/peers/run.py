@@ -194,6 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     vocab = json.loads((args.folder / "float32" / "config.json").read_text())["vocab_size"]
     figures: dict[str, Any] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # else workers that are stopped would stay for ever
     for dtype in args.dtypes:
         engines: dict[str, Engine] = {}
         try:
