@@ -10,7 +10,7 @@ import pytest
 from pjax import LLM, BeamSearchParams, SamplingParams
 from pjax.errors import InvalidRequestError
 from tests.engine.common import OPTIONS as OPTIONS
-from tests.engine.common import greedy
+from tests.engine.common import greedy, ids
 
 
 def test_one_of_a_better_priority_is_served_first(llm: LLM) -> None:
@@ -23,6 +23,20 @@ def test_one_of_a_better_priority_is_served_first(llm: LLM) -> None:
     while engine.has_unfinished_requests:
         order += [output.request_id for output in engine.step() if output.finished]
     assert order == ["better", *(f"plain {number}" for number in range(6)), "worse"]
+
+
+def test_a_short_prompt_gets_its_first_token_within_three_steps(llm: LLM) -> None:
+    """Three prompts of 90 tokens, of which a step takes 32, would keep it waiting for nine."""
+    alone, engine = ids(llm, [9, 8, 7], greedy(4)), llm.engine
+    for number in range(3):
+        engine.add_request([5 + number] * 90, greedy(2), f"long {number}")
+    engine.step()
+    engine.add_request([9, 8, 7], greedy(4), "short")
+    seen = {output.request_id: output for _ in range(3) for output in engine.step()}
+    assert seen["short"].outputs[0].token_ids == alone[: len(seen["short"].outputs[0].token_ids)] != []
+    while engine.has_unfinished_requests:
+        seen |= {output.request_id: output for output in engine.step()}
+    assert seen["short"].outputs[0].token_ids == alone and all(output.finished for output in seen.values()) and len(seen) == 4
 
 
 def test_a_list_of_priorities_comes_back_in_the_order_of_the_prompts(llm: LLM) -> None:
