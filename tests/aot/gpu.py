@@ -122,7 +122,7 @@ class Compiled:
         return f"{self.name:48} {self.seconds:5.2f} s {sizes} spills {sum(self.spills.values()):4} {kernels}"
 
 
-def compile_in_process(target: str, jobs: Sequence[Job], *, timeout: float = 240) -> dict[str, Compiled]:
+def compile_in_process(target: str, jobs: Sequence[Job], *, timeout: float = 480) -> dict[str, Compiled]:
     """Each job's outcome by its name. A job that kills the compiler gets an error; those after it still run.
 
     Raises:
