@@ -1,4 +1,4 @@
-"""Builds the native CPU kernel where a C++ compiler and jaxlib's headers are; pjax works without it, slower on CPUs."""
+"""Builds the native CPU kernels where a C++ compiler and jaxlib's headers are; pjax works without it, slower on CPUs."""
 
 import importlib.util
 import platform
@@ -6,19 +6,26 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-FOLDER = "pjax/pallas_kernels/paged_attention/native"
+FOLDER = "pjax/pallas_kernels/native"
 FLAGS = "-std=c++17 -O2 -ftree-vectorize -funroll-loops -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -w".split()
 
 
 def extensions() -> list[Extension]:
-    """The kernel's library, loaded by ctypes: it has no Python module in it."""
+    """The kernels' library, loaded by ctypes: it has no Python module in it."""
     jaxlib = importlib.util.find_spec("jaxlib")
     if jaxlib is None or jaxlib.origin is None:
         return []
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     include = str(Path(jaxlib.origin).parent / "include")
-    name = FOLDER.replace("/", ".") + "._library"
-    return [Extension(name, [f"{FOLDER}/paged_attention.cc"], include_dirs=[include], extra_compile_args=FLAGS + wide, optional=True)]
+    library = Extension(
+        FOLDER.replace("/", ".") + "._library",
+        [f"{FOLDER}/paged_attention.cc", f"{FOLDER}/products.cc"],
+        include_dirs=[include],
+        depends=[f"{FOLDER}/threads.h"],
+        extra_compile_args=FLAGS + wide,
+        optional=True,
+    )
+    return [library]
 
 
 setup(ext_modules=extensions())

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("attention", "products", "sampling", "rest")
-ATTENTION = re.compile(r"/pjax/(pallas_kernels|models/attention)")
+ATTENTION = re.compile(r"/pjax/(pallas_kernels/(?!products)|models/attention)")
 SAMPLING = re.compile(r"/pjax/runner/(sampler|adjust|rules|filters|vocabulary|processors|prompt_logprobs)\.py")
-PRODUCT = re.compile(r"\b(dot|convolution|ragged-dot)\(|gemm|matmul|\bcublas", re.IGNORECASE)
+PRODUCT = re.compile(r"\b(dot|convolution|ragged-dot)\(|gemm|matmul|\bcublas|pjax_product", re.IGNORECASE)
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")

@@ -105,9 +105,9 @@ def _devices() -> dict[str, str]:
 
 
 def _native_kernel() -> str:
-    from pjax.pallas_kernels.paged_attention import native
+    from pjax.pallas_kernels import native
 
-    return "built" if native.is_available() else "not built (no C++ compiler at installation?)"
+    return "built" if native.library() is not None else "not built (no C++ compiler at installation?)"
 
 
 def _environment() -> dict[str, str]:

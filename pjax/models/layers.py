@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-FEW_ROWS = 128  # up to here a CPU's product is faster with the weights on the left
+from pjax.pallas_kernels.products import product
 
 Axis = str | tuple[tuple[str, int], ...] | None
 """The logical axis of one dimension of a parameter: a name, or several side by side with their sizes; None is whole everywhere.
@@ -25,7 +25,7 @@ Axis = str | tuple[tuple[str, int], ...] | None
 class LayerChoice:
     """The kernels of one product in every layer, and whose turn it is: what a looped layer sees as its kernel.
 
-    `matmul` picks one by a conditional, which reads it where it lies; indexing stacked kernels would copy it.
+    `matmul` reads one where it lies; indexing stacked kernels would copy it.
     """
 
     kernels: tuple[jax.Array, ...]  # L of [out, in]
@@ -37,28 +37,7 @@ class LayerChoice:
 
 def matmul(x: jax.Array, kernel: jax.Array | LayerChoice) -> jax.Array:
     """x [T, in] · kernel [out, in] transposed: float32 [T, out]."""
-    if isinstance(kernel, LayerChoice):
-        return lax.switch(kernel.index, [partial(_product, one) for one in kernel.kernels], x)
-    return _product(kernel, x)
-
-
-def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    if 1 < x.shape[0] <= FEW_ROWS:
-        return lax.platform_dependent(kernel, x, cpu=_weights_left, default=_weights_right)
-    return _weights_right(kernel, x)
-
-
-def _weights_right(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _weights_left(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """For CPUs: XLA packs a product's right side and streams its left one, and weights should be read once.
-
-    The barrier keeps XLA from turning it round again (docs/decisions/0002-cpu-products.md).
-    """
-    y = lax.dot_general(kernel, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return lax.optimization_barrier(y).T
+    return product(x, kernel.kernels, kernel.index) if isinstance(kernel, LayerChoice) else product(x, [kernel])
 
 
 class Linear(nnx.Module):

@@ -5,16 +5,14 @@
 // pages. Work is cut into items, decode rows and tiles of prefill queries, that XLA's own threads take in turn.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "threads.h"
 
 namespace ffi = xla::ffi;
 
@@ -228,21 +226,10 @@ struct Worker {
 
 using Work = void (*)(const Problem&, const Item&, std::vector<float>&);
 
-// Shared by the calling thread and its helpers; a helper that starts late finds nothing left and touches no buffer.
-struct Queue {
+struct Plan {
   Problem problem;
   std::vector<Item> items;
   Work decode, prefill;
-  std::atomic<int64_t> next{0}, done{0};
-
-  void Drain() {
-    std::vector<float> scratch;
-    const int64_t size = static_cast<int64_t>(items.size());
-    for (int64_t i = next.fetch_add(1); i < size; i = next.fetch_add(1)) {
-      (items[i].count == 1 ? decode : prefill)(problem, items[i], scratch);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
 };
 
 std::vector<Item> MakeItems(const Problem& p, int64_t num_rows, int64_t num_tokens) {
@@ -259,19 +246,19 @@ std::vector<Item> MakeItems(const Problem& p, int64_t num_rows, int64_t num_toke
 }
 
 template <int H>
-void Choose(Queue* queue) {
-  queue->decode = Worker<H>::Decode;
-  queue->prefill = Worker<H>::Prefill;
+void Choose(Plan* plan) {
+  plan->decode = Worker<H>::Decode;
+  plan->prefill = Worker<H>::Prefill;
 }
 
-bool ChooseFor(int64_t head_size, Queue* queue) {
+bool ChooseFor(int64_t head_size, Plan* plan) {
   switch (head_size) {
-    case 64: Choose<64>(queue); return true;
-    case 80: Choose<80>(queue); return true;
-    case 96: Choose<96>(queue); return true;
-    case 112: Choose<112>(queue); return true;
-    case 128: Choose<128>(queue); return true;
-    case 256: Choose<256>(queue); return true;
+    case 64: Choose<64>(plan); return true;
+    case 80: Choose<80>(plan); return true;
+    case 96: Choose<96>(plan); return true;
+    case 112: Choose<112>(plan); return true;
+    case 128: Choose<128>(plan); return true;
+    case 256: Choose<256>(plan); return true;
     default: return false;
   }
 }
@@ -281,19 +268,20 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
                           int64_t num_kv_heads, float scale, int64_t window, float softcap) {
   const auto q_shape = q.dimensions(), page_shape = pages.dimensions(), table_shape = tables.dimensions();
   const int64_t num_tokens = q_shape[0], num_rows = table_shape[0];
-  auto queue = std::make_shared<Queue>();
-  if (!ChooseFor(q_shape[2], queue.get())) return ffi::Error::InvalidArgument("head size is not supported");
-  queue->problem = {q.typed_data(), pages.typed_data(), row_starts.typed_data(), kv_lens.typed_data(), tables.typed_data(),
+  auto plan = std::make_shared<Plan>();
+  if (!ChooseFor(q_shape[2], plan.get())) return ffi::Error::InvalidArgument("head size is not supported");
+  plan->problem = {q.typed_data(), pages.typed_data(), row_starts.typed_data(), kv_lens.typed_data(), tables.typed_data(),
                     out->typed_data(), page_shape[0], page_shape[1], table_shape[1], q_shape[1], num_kv_heads, scale, softcap, window};
-  queue->items = MakeItems(queue->problem, num_rows, num_tokens);
+  plan->items = MakeItems(plan->problem, num_rows, num_tokens);
   const int64_t used = std::clamp<int64_t>(row_starts.typed_data()[num_rows], 0, num_tokens), row = q_shape[1] * q_shape[2];
   std::memset(out->typed_data() + used * row, 0, sizeof(float) * (num_tokens - used) * row);
 
-  const int64_t size = static_cast<int64_t>(queue->items.size());
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), size) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([queue] { queue->Drain(); });
-  queue->Drain();
-  while (queue->done.load(std::memory_order_acquire) < size) std::this_thread::yield();
+  pjax::Share(pool, static_cast<int64_t>(plan->items.size()), [plan] {
+    return [plan, scratch = std::make_shared<std::vector<float>>()](int64_t i) {
+      const Item& item = plan->items[i];
+      (item.count == 1 ? plan->decode : plan->prefill)(plan->problem, item, *scratch);
+    };
+  });
   return ffi::Error::Success();
 }
 

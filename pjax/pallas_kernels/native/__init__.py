@@ -1,0 +1,35 @@
+"""The library of native CPU kernels, built when pjax is installed where a C++ compiler is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger(__name__)
+
+ATTENTION = "pjax_paged_attention"
+PRODUCT = "pjax_product"
+SYMBOLS = {ATTENTION: "PjaxPagedAttention", PRODUCT: "PjaxProduct"}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, with its kernels registered for XLA's calls by the names above; None where it was not built or XLA does not take it."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_library{suffix}")
+        if not path.exists():
+            continue
+        try:
+            loaded = ctypes.cdll.LoadLibrary(str(path))
+            for target, symbol in SYMBOLS.items():
+                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+        except Exception as error:  # built for another jaxlib: the XLA forms serve as well
+            log.warning("the native CPU kernels in %s do not load, XLA is used instead: %s", path, error)
+            return None
+        return loaded
+    return None

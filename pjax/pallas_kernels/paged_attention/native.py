@@ -1,0 +1,41 @@
+"""The native CPU kernel: native/paged_attention.cc."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pjax.pallas_kernels import native
+from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+
+HEAD_SIZES = (64, 80, 96, 112, 128, 256)
+
+
+def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
+    """The reason why the kernel can't be used for these arguments, or None."""
+    if pages.dtype != jnp.float32 or q.shape[-1] not in HEAD_SIZES:
+        shown = ", ".join(map(str, HEAD_SIZES))
+        return f"takes pages of float32 and head sizes {shown}, but q is {q.dtype} of {q.shape[-1]} and pages are {pages.dtype}"
+    return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
+
+
+def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
+    """Attention of each packed token over its own sequence's pages, on CPUs. See `paged_attention` for arguments.
+
+    Pages of float32, head sizes of `HEAD_SIZES`. Padding gives zeros.
+    """
+    call = jax.ffi.ffi_call(native.ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    out: jax.Array = call(
+        q.astype(jnp.float32),
+        pages,
+        batch.row_starts,
+        batch.kv_lens,
+        batch.block_tables,
+        num_kv_heads=np.int64(options.num_kv_heads),
+        scale=np.float32(options.scale),
+        window=np.int64(options.sliding_window or 0),
+        softcap=np.float32(options.logit_softcap or 0),
+    )
+    return out.astype(q.dtype)

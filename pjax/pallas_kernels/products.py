@@ -1,0 +1,85 @@
+"""Products with weights as checkpoints have them, [out, in], and a native kernel for them on CPUs (docs/decisions/0013-native-products.md)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pjax.pallas_kernels import native
+
+FEW_ROWS = 128  # up to here a CPU's product by XLA is faster with the weights on the left
+FEW_ROWS_BF16 = 8  # up to here memory is the bound, and bfloat16 units of a CPU are no help
+
+
+def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array = 0) -> jax.Array:
+    """x [T, in] times one of the kernels [out, in], transposed: float32 [T, out]. Differentiable.
+
+    Args:
+      kernels: of equal shape and dtype; the chosen one is read where it lies, the others not at all.
+      index: int32 [], which of them.
+    """
+    if not _is_native(x, kernels[0]):
+        return _by_xla(x, tuple(kernels), index)
+    return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), cpu=_native, default=_by_xla)
+
+
+def _is_native(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether the native kernel takes these and is there."""
+    dtypes = (jnp.float32, jnp.bfloat16)
+    if x.dtype not in dtypes or kernel.dtype not in dtypes or 0 in x.shape or native.library() is None:
+        return False
+    return not (kernel.dtype == jnp.bfloat16 and x.shape[0] > FEW_ROWS_BF16 and _has_bfloat16_units())
+
+
+@functools.cache
+def _has_bfloat16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself: then XLA's products of many rows are faster."""
+    library = native.library()
+    return library is not None and bool(library.PjaxHasBfloat16Units())
+
+
+@jax.custom_jvp
+def _native(x: jax.Array, kernels: tuple[jax.Array, ...], index: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct((x.shape[0], kernels[0].shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(native.PRODUCT, shape, vmap_method="sequential")
+    y: jax.Array = call(x, index, *kernels)
+    return y
+
+
+@_native.defjvp
+def _native_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    x, kernels, index = primals
+    dx, dkernels, _ = tangents
+    return _native(x, kernels, index), _by_xla(dx, kernels, index) + _by_xla(x, dkernels, index)
+
+
+def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array) -> jax.Array:
+    if len(kernels) == 1:
+        return _product(kernels[0], x)
+    # A conditional reads the kernel where it lies; indexing stacked kernels would copy it.
+    return lax.switch(index, [partial(_product, one) for one in kernels], x)
+
+
+def _product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    if 1 < x.shape[0] <= FEW_ROWS:
+        return lax.platform_dependent(kernel, x, cpu=_weights_left, default=_weights_right)
+    return _weights_right(kernel, x)
+
+
+def _weights_right(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _weights_left(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """For CPUs: XLA packs a product's right side and streams its left one, and weights should be read once.
+
+    The barrier keeps XLA from turning it round again (docs/decisions/0002-cpu-products.md).
+    """
+    y = lax.dot_general(kernel, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(y).T
