@@ -19,7 +19,7 @@ def extensions() -> list[Extension]:
     include = str(Path(jaxlib.origin).parent / "include")
     library = Extension(
         FOLDER.replace("/", ".") + "._library",
-        [f"{FOLDER}/paged_attention.cc", f"{FOLDER}/products.cc"],
+        [f"{FOLDER}/{name}.cc" for name in ("paged_attention", "products", "reserve")],
         include_dirs=[include],
         depends=[f"{FOLDER}/threads.h"],
         extra_compile_args=FLAGS + wide,

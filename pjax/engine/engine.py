@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
 from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
-from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, use_compilation_cache
+from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, can_keep, use_compilation_cache
 from pjax.scheduler import Request, Scheduler, StepPlan
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
@@ -74,7 +74,6 @@ class LLMEngine:
         progress: bool = True,
     ) -> None:
         config = config or EngineConfig()
-        use_compilation_cache(config.compilation_cache_dir)
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
         self.config = config = config.for_platform(platform)
@@ -83,13 +82,25 @@ class LLMEngine:
             raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
         given = None if params is None else match(source.abstract, params)
-        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
-        self.model_config = source.config
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
+        num_pages = choose_num_pages(  # before any weights take memory
+            config,
+            source.own_config,
+            kv_dtype,
+            self.max_model_len,
+            weight_bytes=source.num_bytes,
+            devices=() if mesh is None else mesh.local_devices,
+        )
+        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
+        load = partial(source.load, progress=progress) if given is None else lambda: given
+        self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows
+        self.model_config = source.config
         each = "" if source.shares is None else f" on each of {source.shares.size} devices"
         log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)
-        self.scheduler, self.runner = self._build(source, kv_dtype, () if mesh is None else mesh.local_devices)
+        steps = use_compilation_cache(config.compilation_cache_dir, whole_steps=can_keep(source, config, platform))
+        self.scheduler, self.runner = self._build(source, kv_dtype, num_pages, steps)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=source.config.vocab_size,
@@ -108,18 +119,14 @@ class LLMEngine:
         self.on_step: Callable[[StepStats], None] | None = None
         """Called with each step's figures."""
         self._last_plan: StepPlan | None = None
-        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
-        load = partial(source.load, progress=progress) if given is None else lambda: given
-        self._weights: Future[Any] | None = self._loading.submit(load)
         if not config.lazy:
             self.runner.warmup(progress=progress)
             if copied := self.runner.measure_swap():
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
             self._wait_for_weights()
 
-    def _build(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> tuple[Scheduler, ModelRunner]:
+    def _build(self, source: ModelSource, kv_dtype: str, num_pages: int, steps: Path | None) -> tuple[Scheduler, ModelRunner]:
         config, model = self.config, source.own_config
-        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes, devices=devices)
         one_page = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
         limits: dict[str, Any] = {
@@ -138,7 +145,7 @@ class LLMEngine:
         )
         scheduler.kv.swap.cost.observe_copy(1, one_page / ASSUMED_COPY_RATE)
         limits |= {name: getattr(config, name) for name in ("attention_backend", "logits_processors")}
-        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype))
+        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, step_folder=steps))
 
     def _wait_for_weights(self) -> None:
         if self._weights is not None:

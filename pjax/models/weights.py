@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -18,8 +20,10 @@ from tqdm import tqdm
 
 from pjax.errors import CheckpointError
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 ALIGNMENT = 64
+NUM_THREADS = min(os.cpu_count() or 1, 8)  # that copy weights
 BLOCK = 64 << 20  # bytes of memory that parameters share
 CHUNK = 1 << 16  # elements copied and checked at once
 _EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinite
@@ -121,17 +125,38 @@ def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
     A few rows at a time, so that what is checked is still in the processor's cache: the check costs a small part of the copy
     (docs/checkpoints.md has the figures).
     """
+    if target.ndim == 0:
+        return _copy_and_check(target[None], array[None], 0, 1)
+    return sum(in_parts(partial(_copy_and_check, target, array), len(target), target.size))
+
+
+def _copy_and_check(target: np.ndarray, array: np.ndarray, first: int, last: int) -> int:
     exponent = np.array(_EXPONENTS[target.dtype.name], f"u{target.dtype.itemsize}")
     step, count = max(CHUNK * len(target) // max(target.size, 1), 1), 0
-    scratch = np.empty((min(step, len(target)), *target.shape[1:]), exponent.dtype)
+    scratch = np.empty((min(step, last - first), *target.shape[1:]), exponent.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(target), step):
-            rows = target[start : start + step]
-            _cast(rows, array[start : start + step])
+        for start in range(first, last, step):
+            rows = target[start : min(start + step, last)]
+            _cast(rows, array[start : start + len(rows)])
             bits = np.bitwise_and(rows.view(exponent.dtype), exponent, out=scratch[: len(rows)])
             if bits.size and bits.max() == exponent:
                 count += int(np.count_nonzero(bits == exponent))
     return count
+
+
+def in_parts(function: Callable[[int, int], T], length: int, num_values: int) -> list[T]:
+    """`function(first, last)` for parts of a range, side by side in a few threads where there are many values to go through."""
+    parts = min(NUM_THREADS, length) if num_values > 8 * CHUNK else 1
+    ends = [length * part // parts for part in range(parts + 1)]
+    if parts == 1:
+        return [function(0, length)]
+    return list(_threads().map(function, ends[:-1], ends[1:]))
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Those that copy and dequantise; numpy gives up the interpreter's lock meanwhile."""
+    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="pjax-copy")
 
 
 def _cast(target: np.ndarray, array: np.ndarray) -> None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
+
+from pjax.pallas_kernels import native
 
 
 def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int]:
@@ -27,6 +30,23 @@ def pool_format(sharding: jax.sharding.Sharding) -> Format:
     whole pool to turn it round.
     """
     return Format(Layout(major_to_minor=(0, 1, 2)), sharding)
+
+
+def new_pool(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """A pool whose pages nobody owns; to be jitted.
+
+    Zeros on accelerators. On a CPU with the native kernels it is memory that nobody has touched: the system gives it page by page as
+    tokens are written, where filling gigabytes takes seconds. No kernel reads what is not owned.
+    """
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    def untouched() -> jax.Array:
+        pool: jax.Array = jax.ffi.ffi_call(native.RESERVE, jax.ShapeDtypeStruct(shape, dtype))()
+        return pool
+
+    return zeros() if native.library() is None else lax.platform_dependent(cpu=untouched, default=zeros)
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:

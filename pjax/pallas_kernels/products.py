@@ -1,4 +1,4 @@
-"""Products with weights as checkpoints have them, [out, in], and a native kernel for them on CPUs (docs/decisions/0013-native-products.md)."""
+"""Products with weights as checkpoints have them, [out, in]; by a native kernel on CPUs (docs/decisions/0013-native-products.md)."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +21,11 @@ from tqdm import tqdm
 from pjax.errors import ConfigError
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
-from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
+from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape
 from pjax.params import MAX_CANDIDATES, LogitRules
 from pjax.runner.adjust import LogitsProcessor
 from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
+from pjax.runner.executables import Executables
 from pjax.runner.processors import check_processors
 from pjax.runner.prompt_logprobs import PromptScores
 from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens
@@ -51,6 +54,7 @@ class RunnerConfig:
     attention_backend: str | None = None
     num_host_slots: int = 0  # pages of preempted requests in host memory
     logits_processors: Mapping[str, LogitsProcessor] = field(default_factory=dict)
+    step_folder: Path | None = None  # where compiled steps are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,8 @@ class ModelRunner:
         most = min(MAX_CANDIDATES, self._vocab_size)
         step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary, tuple(processors.values()))
         self._step = step if shares is None else shard_step(step, shares)
+        facts = (model.graph, self._abstract_params, c, replace(config, num_host_slots=0, logits_processors={}, step_folder=None))
+        self._executables = Executables(config.step_folder, *facts)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
@@ -199,7 +205,7 @@ class ModelRunner:
 
     def _new_pool(self) -> jax.Array:
         struct = self._pool_struct
-        return jax.jit(lambda: jnp.zeros(struct.shape, struct.dtype), out_shardings=self._pool_format)()
+        return jax.jit(lambda: new_pool(struct.shape, struct.dtype), out_shardings=self._pool_format)()
 
     def _new_tokens(self) -> jax.Array:
         # Committed, as it comes back from a step: else writing its rows would be compiled twice.
@@ -247,14 +253,17 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
+        compiled = self._executables.get(bucket.name, partial(self._lower_and_compile, bucket))
+        log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
+        return compiled
+
+    def _lower_and_compile(self, bucket: Bucket) -> Any:
         width = -(-self.config.max_model_len // self.config.page_size)
         inputs = input_struct(bucket, width, max_num_seqs=self.config.max_num_seqs, vocab_size=self._vocab_size)
         if self._input_sharding is not None:
             inputs = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), inputs)
         step = jit_step(self._step, self._pool_format, bucket.name)
-        compiled = step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
-        log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
-        return compiled
+        return step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
 
     def compiled_texts(self) -> dict[str, str]:
         """The HLO of the compiled steps by the names of their buckets."""

@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 ATTENTION = "pjax_paged_attention"
 PRODUCT = "pjax_product"
-SYMBOLS = {ATTENTION: "PjaxPagedAttention", PRODUCT: "PjaxProduct"}
+RESERVE = "pjax_reserve"
+SYMBOLS = {ATTENTION: "PjaxPagedAttention", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
 
 
 @functools.cache

@@ -1,0 +1,90 @@
+"""Compiled steps on disk, whole: a process that finds them needs neither to trace nor to lower nor to compile.
+
+JAX's compilation cache keeps what the compiler made, by the program that it was made from; that program has to be made first, which
+takes Python longer than anything else at start-up (docs/decisions/0014-start-up.md). Here the key is what the program follows from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+
+import pjax
+from pjax.config import EngineConfig
+from pjax.models import ModelSource
+
+log = logging.getLogger(__name__)
+
+MAX_KEPT = 256  # files; those used longest ago go
+
+
+def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
+    """Whether a step follows from what `Executables` knows: on one CPU device (others were not tried), and from pjax's code alone."""
+    root: Any = model.graph.nodes[0]
+    own_code = root.type.__module__.startswith("pjax.") and not config.logits_processors
+    return platform == "cpu" and model.shares is None and own_code
+
+
+class Executables:
+    """Compiled steps, each in a file whose name has the hash of all that it follows from: `facts`, pjax's code, the machine.
+
+    A file that is damaged or of another version is compiled anew. Files are pickles, as JAX's own loader takes them: their folder must
+    be as trusted as JAX's cache, which holds machine code too.
+    """
+
+    def __init__(self, folder: Path | None, *facts: object) -> None:
+        self._folder = folder
+        self._facts = "\n".join(map(repr, (*facts, *_environment()))) if folder is not None else ""
+
+    def get(self, name: str, compile_it: Callable[[], Any]) -> Any:
+        """The compiled step of that name: from its file, or compiled and saved."""
+        if self._folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):  # its results can't be saved again
+            return compile_it()
+        path = self._folder / f"{name}-{hashlib.sha256(self._facts.encode()).hexdigest()[:32]}"
+        try:
+            loaded = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            os.utime(path)
+            return loaded
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # whatever is wrong with it, it can be made again
+            log.debug("%s: %s", path, error)
+        compiled = compile_it()
+        self._save(path, compiled)
+        return compiled
+
+    def _save(self, path: Path, compiled: Any) -> None:
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+            part.replace(path)
+            kept = sorted((file for file in path.parent.iterdir() if file.name[0] != "."), key=lambda file: file.stat().st_mtime)
+            for file in kept[:-MAX_KEPT]:
+                file.unlink(missing_ok=True)
+        except Exception as error:  # a full disk, say: the step itself is there
+            log.debug("%s: %s", path, error)
+            part.unlink(missing_ok=True)
+
+
+def _environment() -> tuple[object, ...]:
+    """What every compiled step follows from beside the model and the engine's sizes."""
+    root = Path(pjax.__file__).parent
+    files = sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".so"))
+    sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    cpu = Path("/proc/cpuinfo")
+    flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
+    settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name and "traceback" not in name)
+    variables = [os.environ.get(name) for name in ("XLA_FLAGS", "PJAX_ATTENTION_BACKEND", "PJAX_DEBUG")]
+    versions = (jax.__version__, jaxlib.version.__version__, platform.python_version(), platform.machine())
+    return versions, flags, len(jax.devices()), settings, variables, sources
