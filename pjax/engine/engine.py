@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -84,14 +84,8 @@ class LLMEngine:
         given = None if params is None else match(source.abstract, params)
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
-        num_pages = choose_num_pages(  # before any weights take memory
-            config,
-            source.own_config,
-            kv_dtype,
-            self.max_model_len,
-            weight_bytes=source.num_bytes,
-            devices=() if mesh is None else mesh.local_devices,
-        )
+        devices = () if mesh is None else mesh.local_devices
+        num_pages = self._choose_num_pages(source, kv_dtype, devices)  # before any weights take memory
         self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
@@ -124,6 +118,10 @@ class LLMEngine:
             if copied := self.runner.measure_swap():
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
             self._wait_for_weights()
+
+    def _choose_num_pages(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> int:
+        sizes: dict[str, Any] = {"weight_bytes": source.num_bytes, "devices": devices}
+        return choose_num_pages(self.config, source.own_config, kv_dtype, self.max_model_len, **sizes)
 
     def _build(self, source: ModelSource, kv_dtype: str, num_pages: int, steps: Path | None) -> tuple[Scheduler, ModelRunner]:
         config, model = self.config, source.own_config

@@ -19,7 +19,6 @@ import jax
 import jaxlib.version
 from jax.experimental import serialize_executable
 
-import pjax
 from pjax.config import EngineConfig
 from pjax.models import ModelSource
 
@@ -79,7 +78,7 @@ class Executables:
 
 def _environment() -> tuple[object, ...]:
     """What every compiled step follows from beside the model and the engine's sizes."""
-    root = Path(pjax.__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".so"))
     sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     cpu = Path("/proc/cpuinfo")

@@ -90,6 +90,10 @@ def test_a_real_trace(tmp_path: Path) -> None:
     assert host["ms"] + sum(step["ms"] * step["steps"] for step in found.values()) == pytest.approx(1e5)
     text = llm.engine.runner.compiled_texts()["decode_4"]
     parts = parts_of(text)
-    kernels = re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"pjax", text, re.MULTILINE)
-    assert all(parts[name] == "attention" for name in kernels)
+    kernels = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"(pjax_\w+)", text, re.MULTILINE))
+    assert {(target, parts[name]) for name, target in kernels.items()} <= {
+        ("pjax_product", "products"),
+        ("pjax_paged_attention", "attention"),
+    }
+    assert "pjax_product" in kernels.values()
     assert {parts[name] for name in parts if "threefry" in name} <= {"sampling"}

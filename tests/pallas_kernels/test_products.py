@@ -1,0 +1,98 @@
+"""The native product of a CPU against float64, and against XLA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pjax.pallas_kernels import native, products
+
+# Rows, in and out: tiles that come out even and do not, several passes over `in`, several panels, several threads.
+SIZES = [(1, 64, 7), (2, 70, 64), (3, 5, 12), (5, 1000, 33), (17, 576, 100), (64, 33, 200), (130, 1600, 260), (48, 3100, 90)]
+
+
+def draw(rng: np.random.Generator, *shape: int, dtype: Any) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def test_the_library_was_built() -> None:
+    assert native.library() is not None, "make test builds it"
+
+
+@pytest.mark.parametrize("rows, num_in, num_out", SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int) -> None:
+    rng = np.random.default_rng(rows)
+    x, kernel = draw(rng, rows, num_in, dtype=dtype), draw(rng, num_out, num_in, dtype=dtype)
+    y = jax.jit(products._native)(x, (kernel,), jnp.int32(0))
+    assert y.dtype == jnp.float32
+    wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, atol=1e-5 * num_in**0.5)
+
+
+def test_only_the_chosen_kernel_is_read() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = draw(rng, 6, 40, dtype="float32"), draw(rng, 20, 40, dtype="float32")
+    kernels = (jnp.full_like(kernel, jnp.nan), kernel, jnp.full_like(kernel, jnp.inf))
+    y = jax.jit(products.product)(x, kernels, jnp.int32(1))
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_that_is_nan_stays_alone() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = draw(rng, 7, 40, dtype="float32"), draw(rng, 20, 40, dtype="float32")
+    y = np.array(jax.jit(products.product)(x.at[3].set(jnp.nan), (kernel,)))
+    assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, axis=0)).all()
+
+
+def test_a_row_does_not_depend_on_its_company() -> None:
+    """Up to the order of additions, which is the same for every number of rows."""
+    rng = np.random.default_rng(0)
+    x, kernel = draw(rng, 13, 600, dtype="float32"), draw(rng, 40, 600, dtype="float32")
+    together = jax.jit(products.product)(x, (kernel,))
+    alone = jnp.concatenate([jax.jit(products.product)(x[row : row + 1], (kernel,)) for row in range(13)])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_xlas(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, kernels = draw(rng, 9, 40, dtype=dtype), tuple(draw(rng, 20, 40, dtype=dtype) for _ in range(3))
+
+    def loss(x: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.sum(jnp.tanh(products.product(x, kernels, jnp.int32(2))))
+
+    own = jax.jit(jax.grad(loss, (0, 1)))(x, kernels)
+    monkeypatch.setattr(native, "library", lambda: None)
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(jax.grad(loss, (0, 1))(x, kernels)), strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2e-2, atol=1e-5)
+
+
+def test_float16_and_an_installation_without_a_compiler_go_through_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+
+    def text(dtype: str) -> str:
+        fresh = jax.jit(lambda x, kernel: products.product(x, (kernel,)))  # traced again after the patch
+        return fresh.lower(draw(rng, 9, 40, dtype=dtype), draw(rng, 20, 40, dtype=dtype)).as_text()
+
+    assert native.PRODUCT in text("float32") and native.PRODUCT not in text("float16")
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert native.PRODUCT not in text("float32")
+
+
+def test_bfloat16_units_take_products_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_bfloat16_units", lambda: True)
+    kernel = jnp.zeros((20, 40), jnp.bfloat16)
+    many, few = (jax.jit(products.product).lower(jnp.zeros((rows, 40), jnp.bfloat16), (kernel,)).as_text() for rows in (9, 8))
+    assert native.PRODUCT in few and native.PRODUCT not in many
+
+
+def test_vmap() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = draw(rng, 3, 5, 40, dtype="float32"), draw(rng, 20, 40, dtype="float32")
+    y = jax.vmap(lambda rows: products.product(rows, (kernel,)))(x)
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T, rtol=1e-4, atol=1e-5)
