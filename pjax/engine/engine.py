@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.config import EngineConfig
+from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
+from pjax.engine.opening import open_source
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
-from pjax.errors import ConfigError
+from pjax.errors import ConfigError, UnsupportedError
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
-from pjax.models import ModelSource, open_model
-from pjax.models.given import match, source_of
+from pjax.models import ModelSource
+from pjax.models.given import match
 from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
 from pjax.pallas_kernels.pages import page_bytes
@@ -61,6 +63,9 @@ class LLMEngine:
 
     `add_request` accepts or refuses one at once; each `step` computes tokens for all that run and returns the outputs
     that changed. Not thread-safe.
+
+    With `nnodes` the same is made on every host. On rank 0 it is as on one host; on the others it runs rank 0's steps, and ends
+    the process (SystemExit, status 0) when rank 0's ends.
     """
 
     def __init__(
@@ -74,11 +79,21 @@ class LLMEngine:
         progress: bool = True,
     ) -> None:
         config = config or EngineConfig()
+        self.hosts = gather_hosts(model, config, params)
+        with told(self.hosts):
+            self._prepare(model, config, params, tokenizer, skip_tokenizer_init, progress)
+        if self.hosts is not None:
+            begin(self.hosts, self.runner)
+
+    def _prepare(
+        self, model: Any, config: EngineConfig, params: Any, tokenizer: str | Path | None, skip_tokenizer_init: bool, progress: bool
+    ) -> None:
         use_compilation_cache(config.compilation_cache_dir)
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
         self.config = config = config.for_platform(platform)
-        source, layer_mode = _open(model, config, platform, mesh)
+        source, layer_mode = open_source(model, config, platform, mesh)
+        agree_on_model(self.hosts, source)
         if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
             raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
@@ -115,12 +130,16 @@ class LLMEngine:
             self.runner.warmup(progress=progress)
             if copied := self.runner.measure_swap():
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
+        if not config.lazy or self.hosts is not None:
             self._wait_for_weights()
 
     def _build(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> tuple[Scheduler, ModelRunner]:
         config, model = self.config, source.own_config
         num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes, devices=devices)
         one_page = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+        num_shares = 1 if source.shares is None else min(source.shares.size, len(devices))  # of which this host keeps pages
+        num_slots = choose_num_slots(config, num_pages, one_page * num_shares)
+        num_pages, num_slots = agree_on_sizes(self.hosts, num_pages, num_slots)
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
         limits: dict[str, Any] = {
             "num_pages": num_pages,
@@ -128,7 +147,7 @@ class LLMEngine:
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.step_sizes[0],
             "max_num_batched_tokens": config.step_sizes[1],
-            "num_host_slots": choose_num_slots(config, num_pages, one_page * (1 if source.shares is None else source.shares.size)),
+            "num_host_slots": num_slots,
         }
         scheduler = Scheduler(
             **limits,
@@ -162,6 +181,8 @@ class LLMEngine:
 
         Raises ConfigError, and changes nothing, when they do not fit.
         """
+        if self.hosts is not None:
+            raise UnsupportedError(f"update_params with nnodes {self.hosts.size}: parameters are swapped on one host only; start the hosts anew")
         given = match(self._abstract, params)
         self._wait_for_weights()
         self._drain()
@@ -300,8 +321,10 @@ class LLMEngine:
                 table = self.scheduler.table
                 self._in_flight.append(_Step(plan, self.runner.dispatch(plan, table.tokens, table.block_tables), started))
             result = self.runner.fetch(self._in_flight[0].running) if self._in_flight else None
-        except BaseException:  # Ctrl-C too: nothing is lost but time
+        except BaseException as error:  # Ctrl-C too: nothing is lost but time
             self._in_flight.clear()
+            if self.hosts is not None:
+                raise_of_hosts(self.hosts, error)
             self.runner.restore_pages()
             self.scheduler.preempt_all()
             raise
@@ -354,24 +377,8 @@ class LLMEngine:
             counters.prefix_cache_hits += request.num_cached_tokens or 0
 
     def close(self) -> None:
-        """Stops the engine's threads."""
+        """Stops the engine's threads, and the other hosts."""
         self._loading.shutdown(wait=False, cancel_futures=True)
         self.runner.close()
-
-
-def _resolve_dtype(dtype: str, platform: str) -> str:
-    return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype
-
-
-def _open(model: Any, config: EngineConfig, platform: str, mesh: Any) -> tuple[ModelSource, str]:
-    """The model and how its layers run."""
-    if isinstance(model, str | Path):
-        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode, mesh=mesh), layer_mode
-    if mesh is not None:
-        raise ConfigError("tensor parallelism with a model that is a module: give the checkpoint's path, and params= in the mesh")
-    source, own_mode = source_of(model), str(model.blocks.mode)
-    for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, own_mode)):
-        if asked not in ("auto", own):
-            raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
-    return source, own_mode
+        if self.hosts is not None:
+            end(self.hosts)
