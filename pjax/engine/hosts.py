@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -77,14 +76,14 @@ def agree_on_sizes(group: Group | None, *sizes: int) -> list[int]:
 
 
 def begin(group: Group, runner: ModelRunner) -> None:
-    """Once everything is loaded and compiled, everywhere: rank 0's steps are sent to the others from now on, who follow.
+    """Once everything is loaded and compiled, everywhere: rank 0's steps are told to the others from now on, who follow.
 
     On the others this ends the process, with status 0, when rank 0 ends.
     """
     with told(group):
         group.ready()
     if group.rank == 0:
-        runner.send = group.send
+        runner.announce = group.announce
         return
     compiled, num_steps = runner.num_compilations, follow(group, runner)
     late = runner.num_compilations - compiled
@@ -135,10 +134,8 @@ def end(group: Group) -> None:
 
         runtime.stop()
         return
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     if group.error is not None:
-        os._exit(1)
+        group.quit()
 
 
 def _mind_signals(group: Group) -> None:
@@ -150,15 +147,15 @@ def _mind_signals(group: Group) -> None:
         group.leave(f"was told to end ({signal.Signals(number).name})")
 
     def quit_(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        group.interrupt(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
 
-    if group.rank:
-        signal.signal(signal.SIGTERM, leave)
-        signal.signal(signal.SIGINT, leave)
-    elif signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, quit_)
     if group.rank == 0:
         group.on_leave = _end_by_signal
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if group.rank:
+            signal.signal(number, leave)
+        elif signal.getsignal(number) == default:
+            signal.signal(number, quit_)
 
 
 def _end_by_signal(why: str) -> None:

@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,6 +48,8 @@ class Group:
         self._inbox: queue.SimpleQueue[tuple[int, str, dict[str, Any], Arrays]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._tell_clients: Callable[[str], None] | None = None
+        self._announcing = False
+        self._interrupt: BaseException | None = None
         self._closed = False
         self._byes: set[int] = set()
         self._all_gone = threading.Event()
@@ -125,6 +127,25 @@ class Group:
             raise EngineDeadError(self.error or "the instance has ended")
         for link in self._links.values():
             link.send(data)
+
+    @contextlib.contextmanager
+    def announce(self, data: bytes) -> Iterator[None]:
+        """Sends a message; rank 0 does inside what it says. No signal comes between the two: the others would wait for ever."""
+        self._announcing = True
+        try:
+            self.send(data)
+            yield
+        finally:
+            self._announcing = False
+            if self._interrupt is not None:
+                error, self._interrupt = self._interrupt, None
+                raise error
+
+    def interrupt(self, error: BaseException) -> None:
+        """In the main thread's handler of a signal: raises, now or when what was announced has begun."""
+        if not self._announcing:
+            raise error
+        self._interrupt = error
 
     def receive(self) -> tuple[str, dict[str, Any], Arrays]:
         """The next message of rank 0: kind, head and arrays; "bye" is the last."""
@@ -225,7 +246,11 @@ class Group:
             with contextlib.suppress(Exception):
                 self._tell_clients(message)
         time.sleep(max(until - time.monotonic(), 0))
-        _exit(1, f"rank {self.rank} of {self.size} ends: {message}")
+        self.quit()
+
+    def quit(self) -> None:
+        """Ends this process now, with status 1 and a last line that says why."""
+        _exit(1, f"rank {self.rank} of {self.size} ends: {self.error}")
 
     def _own_address(self) -> str:
         return os.uname().nodename

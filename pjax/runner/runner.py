@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -127,8 +128,8 @@ class ModelRunner:
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
         self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
-        self.send: Callable[[bytes], None] | None = None
-        """Called with each step's message, before the step is dispatched: other hosts run it too, by `follow`."""
+        self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
+        """Called with each step's message; inside of what it gives the step is dispatched. Other hosts run it too, by `follow`."""
 
     @property
     def num_compilations(self) -> int:
@@ -153,9 +154,10 @@ class ModelRunner:
             this returns.
         """
         new_rows = [made for request in plan.sampled if (made := self._new_row(request)) is not None]
-        if self.send is not None:
-            self.send(self._mirror.write(plan, tokens, block_tables, new_rows))
-        return self._start(plan, tokens, block_tables, new_rows)
+        if self.announce is None:
+            return self._start(plan, tokens, block_tables, new_rows)
+        with self.announce(self._mirror.write(plan, tokens, block_tables, new_rows)):
+            return self._start(plan, tokens, block_tables, new_rows)
 
     def follow(self, head: dict[str, Any], arrays: Arrays) -> InFlight:
         """Starts the step of another host's message, which every host must do in the same order."""
@@ -267,9 +269,8 @@ class ModelRunner:
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
         """Starts compiling the step that a plan of this size would take."""
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
-        if self.send is not None:
-            self.send(encode(COMPILE, asdict(bucket)))
-        self.prefetch(bucket)
+        with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
+            self.prefetch(bucket)
 
     def _compiled_step(self, bucket: Bucket) -> Any:
         if bucket not in self._compiled:

@@ -37,6 +37,12 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def small(options: dict[str, Any]) -> dict[str, Any]:
+    """Few steps to compile."""
+    return options | {"lazy": True, "max_num_seqs": 1, "preemption_mode": "recompute"}
+
+
+@pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, Any]:
     """On one device, with room for all and without prefix caching."""
     sizes = {name: value for name, value in OPTIONS.items() if name != "start_timeout"}
@@ -87,19 +93,19 @@ def check_loss(hosts: Hosts, lost: int, began: float, reason: str) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, options: dict[str, Any], tmp_path: Path, lost: int) -> None:
+def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, small: dict[str, Any], tmp_path: Path, lost: int) -> None:
     port = free_port()
     for turn in range(2):  # at the same port, at once
-        with worker("load", folder, 2, tmp_path / str(turn), port=port, **options) as hosts:
+        with worker("load", folder, 2, tmp_path / str(turn), port=port, **small) as hosts:
             hosts.wait_for("generated")
             check_loss(hosts, lost, hosts.signal(lost, signal.SIGKILL), "is lost: its connection broke")
         if lost == 0:
             break
 
 
-def test_a_stopped_host_ends_the_other(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_host_ends_the_other(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """As one that has lost its power: no connection is closed."""
-    with worker("load", folder, 2, tmp_path, **options) as hosts:
+    with worker("load", folder, 2, tmp_path, **small) as hosts:
         hosts.wait_for("generated")
         check_loss(hosts, 1, hosts.signal(1, signal.SIGSTOP), "is lost: it has said nothing for 6 seconds")
         hosts.signal(1, signal.SIGCONT)
@@ -107,16 +113,16 @@ def test_a_stopped_host_ends_the_other(folder: Path, options: dict[str, Any], tm
 
 
 @pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_of_any_host_ends_all_in_order(folder: Path, options: dict[str, Any], tmp_path: Path, told: int) -> None:
-    with worker("load", folder, 2, tmp_path, **options) as hosts:
+def test_sigterm_of_any_host_ends_all_in_order(folder: Path, small: dict[str, Any], tmp_path: Path, told: int) -> None:
+    with worker("load", folder, 2, tmp_path, **small) as hosts:
         hosts.wait_for("generated")
         hosts.signal(told, signal.SIGTERM)
         assert hosts.wait() == [128 + signal.SIGTERM, 0]
         assert "Traceback" not in hosts.err(1) and "rank 1 ends with rank 0" in hosts.err(1)
 
 
-def test_a_step_that_fails_on_one_host_ends_all(folder: Path, options: dict[str, Any], tmp_path: Path) -> None:
-    with worker("fail", folder, 2, tmp_path, **options) as hosts:
+def test_a_step_that_fails_on_one_host_ends_all(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    with worker("fail", folder, 2, tmp_path, **small) as hosts:
         assert hosts.wait() == [1, 1]
         for rank in range(2):
             assert "rank 0 failed: ZeroDivisionError: division by zero" in hosts.err(rank)

@@ -40,9 +40,9 @@ def crowd(llm: LLM) -> dict[str, Any]:
     for prompt in prompts():
         names += [engine.add_request(prompt, params) for params in (GREEDY, SAMPLES, RULES)]
     names.append(engine.add_request(prompts()[0], BEAMS))
-    sent, send = list[int](), engine.runner.send
-    if send is not None:
-        engine.runner.send = lambda data: (sent.append(len(data)), send(data))[1]
+    sent, announce = list[int](), engine.runner.announce
+    if announce is not None:
+        engine.runner.announce = lambda data: (sent.append(len(data)), announce(data))[1]
     while engine.has_unfinished_requests:
         done |= {output.request_id: output for output in engine.step() if output.finished}
         engine.scheduler.check()
