@@ -143,7 +143,9 @@ class EngineConfig:
                 raise ConfigError(f"node_rank is {self.node_rank}, but nnodes is 1")
             return
         if self.data_parallel_size != 1:
-            raise ConfigError(f"data_parallel_size is {self.data_parallel_size} and nnodes is {self.nnodes}, but several hosts run one engine")
+            raise ConfigError(
+                f"data_parallel_size is {self.data_parallel_size} and nnodes is {self.nnodes}, but several hosts run one engine"
+            )
 
     def for_platform(self, platform: str) -> EngineConfig:
         """With the sizes of a step that suit "cpu", "gpu" or "tpu", where they are not given."""

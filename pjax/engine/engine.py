@@ -182,7 +182,9 @@ class LLMEngine:
         Raises ConfigError, and changes nothing, when they do not fit.
         """
         if self.hosts is not None:
-            raise UnsupportedError(f"update_params with nnodes {self.hosts.size}: parameters are swapped on one host only; start the hosts anew")
+            raise UnsupportedError(
+                f"update_params with nnodes {self.hosts.size}: parameters are swapped on one host only; start the hosts anew"
+            )
         given = match(self._abstract, params)
         self._wait_for_weights()
         self._drain()

@@ -21,6 +21,7 @@ from pjax.errors import ConfigError
 from pjax.hosts import Group, find_place, join
 from pjax.hosts.facts import of_code_and_flags, of_devices, of_model
 from pjax.models import ModelSource
+from pjax.pallas_kernels.paged_attention import native
 from pjax.runner import InFlight, ModelRunner
 from pjax.runner.batch import Bucket
 from pjax.runner.mirror import COMPILE, STEP
@@ -39,13 +40,15 @@ def gather_hosts(model: Any, config: EngineConfig, params: Any) -> Group | None:
     if place is None:
         return None
     if not isinstance(model, str | Path) or params is not None:
-        raise ConfigError(f"nnodes is {config.nnodes}, but {'params' if params is not None else 'a module'} was given: give the checkpoint's path")
+        raise ConfigError(
+            f"nnodes is {config.nnodes}, but {'params' if params is not None else 'a module'} was given: give the checkpoint's path"
+        )
     from pjax.hosts import runtime
 
     group = join(place)
     atexit.register(end, group)
     with told(group):
-        group.agree(of_code_and_flags(config))
+        group.agree(of_code_and_flags(config) | {"a native kernel": native.is_available()})
         runtime.start(group)
         group.agree(of_devices())
     _mind_signals(group)

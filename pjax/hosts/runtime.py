@@ -14,7 +14,7 @@ import jax
 from pjax.errors import ConfigError
 from pjax.hosts.group import Group
 
-HEARTBEAT = 100  # seconds after which JAX gives a host up; the group's own links take a few
+HEARTBEAT = 3600  # seconds after which JAX gives a host up, and aborts: the links take a few, and no pause of a whole machine for a loss
 SHUTDOWN = 5  # seconds that JAX waits for hosts to leave together
 _handlers: list[Any] = []  # of signals: ctypes does not keep them
 
@@ -71,4 +71,3 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("", 0))
         return int(found.getsockname()[1])
-

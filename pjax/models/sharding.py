@@ -67,12 +67,12 @@ def choose_mesh(config: Any) -> Mesh | None:
 def devices_of_hosts(size: int, num_hosts: int) -> list[Any]:
     """`size` devices, as many of each host. ConfigError when that is no whole number, or a host has fewer."""
     if size % num_hosts:
-        raise ConfigError(f"tensor_parallel_size is {size}, but must be a multiple of nnodes, {num_hosts}: it spans the devices of all hosts")
-    own = len(jax.local_devices())
-    if size // num_hosts > own:
         raise ConfigError(
-            f"tensor_parallel_size is {size}, but {num_hosts} hosts have {own * num_hosts} devices, {own} each ({jax.devices()[0].platform})"
+            f"tensor_parallel_size is {size}, but must be a multiple of nnodes, {num_hosts}: it spans the devices of all hosts"
         )
+    own, platform = len(jax.local_devices()), jax.devices()[0].platform
+    if size // num_hosts > own:
+        raise ConfigError(f"tensor_parallel_size is {size}, but {num_hosts} hosts have {own * num_hosts} devices, {own} each ({platform})")
     by_host: dict[int, list[Any]] = {}
     for device in jax.devices():
         by_host.setdefault(device.process_index, []).append(device)

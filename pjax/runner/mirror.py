@@ -53,7 +53,7 @@ class Mirror:
         changed = np.stack([plan.rows[at], columns, wanted[at, columns]], axis=1).astype(np.int32)
         self.block_tables[plan.rows[at], columns] = changed[:, 2]
         rows, positions = spread(plan)
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "rows": plan.rows,
             "starts": plan.starts,
             "counts": plan.counts[plan.num_decode :],

@@ -35,7 +35,7 @@ def serve(config: ServerConfig) -> int:
     set_up(config.log_level, config.log_format)
     config = with_template(config)
     if (place := find_place(config.engine)) is not None and place.rank > 0:
-        return open_engine(config).close() or 0  # runs what rank 0 says and ends the process with it: no port, no requests
+        open_engine(config)  # runs what rank 0 says and ends the process with it: it takes no port and answers nobody
     with bind(config.host, config.port) as listener:
         return serve_llm(open_engine(config), config, listener)
 
