@@ -130,6 +130,8 @@ class ModelRunner:
         self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
         self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
         """Called with each step's message; inside of what it gives the step is dispatched. Other hosts run it too, by `follow`."""
+        self.on_compiled: Callable[[], None] | None = None
+        """Called when a step that is needed now has been compiled, before it runs: on other hosts that may take longer."""
 
     @property
     def num_compilations(self) -> int:
@@ -277,6 +279,8 @@ class ModelRunner:
             self.prefetch(bucket)
             self._compiled[bucket] = self._pending.pop(bucket).result()
             self._num_steps_compiled += 1
+            if self.on_compiled is not None:
+                self.on_compiled()
         return self._compiled[bucket]
 
     def _compile(self, bucket: Bucket) -> Any:
