@@ -57,6 +57,15 @@ def test_any_of_four_is_lost(folder: Path, small: dict[str, Any], tmp_path: Path
         check_loss(hosts, lost, hosts.signal(lost, number), f"is lost: {reason}")
 
 
+def test_a_stopped_host_ends_the_other(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    """As one that has lost its power: no connection is closed. It ends by itself when it goes on."""
+    with worker("load", folder, 2, tmp_path, **small) as hosts:
+        hosts.wait_for("generated")
+        check_loss(hosts, 1, hosts.signal(1, signal.SIGSTOP), "is lost: it has said nothing for 6 seconds")
+        hosts.signal(1, signal.SIGCONT)
+        assert hosts.wait([1], LIMIT) == [1]
+
+
 def test_a_server_that_loses_a_host_tells_its_clients(options: dict[str, Any], tmp_path: Path) -> None:
     """Streams that run get an error, /health stops answering 200, and the process ends with status 1: a supervisor starts all anew."""
     model = write_model(tmp_path / "model", num_hidden_layers=1)
