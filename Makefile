@@ -20,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test test-parallel test-aot test-clients test-ray test-page check-docker docs check format bench bench-peers soak clean
+.PHONY: help generate serve test test-parallel test-multi-host test-aot test-clients test-ray test-page check-docker docs check format bench bench-peers soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -79,6 +79,9 @@ $(AOT_VENV)/.done: pyproject.toml
 
 # With another Python, and so another JAX, than constraints.txt has, the interpreters run there too.
 AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/test_*_interpreted.py))
+
+test-multi-host: $(VENV)/.test ## several hosts as processes on this machine: each of four lost in turn, and the rest of tests/multi_host; 10 minutes
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/multi_host/test_processes.py tests/multi_host/check_more.py
 
 test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
 	$(AOT_VENV)/bin/python -m pytest --ignore=tests/aot/test_parallel_step.py $(PYTEST_ARGS) $(AOT_TESTS)

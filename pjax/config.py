@@ -60,6 +60,18 @@ class EngineConfig:
     """How many copies of the model, each on as many devices, share the requests of `LLM.generate`; 1 for an engine by itself."""
     mesh: Any = None
     """A jax.sharding.Mesh to use instead; the model is divided over its axis "model", and the same over any other."""
+    nnodes: int = 1
+    """Hosts that serve one model together, a process each with the same flags; `tensor_parallel_size` spans the devices of all."""
+    node_rank: int | None = None
+    """Which of the hosts this is, from 0, which plans and serves; by default what Slurm, Kubernetes or Open MPI say."""
+    master_addr: str | None = None
+    """Name or address of rank 0, for the others; by default what Slurm or Kubernetes say."""
+    master_port: int = 29500
+    """Where rank 0 listens to the other hosts."""
+    master_key: str | None = field(default=None, repr=False)
+    """A secret that the hosts prove to each other; without one, whoever reaches the port may pose as a host. Better in the environment."""
+    start_timeout: float = 300.0
+    """Seconds for all hosts to come."""
     attention_backend: str | None = None
     """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
     logits_processors: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -110,6 +122,30 @@ class EngineConfig:
             raise ConfigError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be >= max_num_seqs {self.max_num_seqs}")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ConfigError(f"num_pages ({self.num_pages}) and kv_cache_memory ({self.kv_cache_memory}) can't both be given")
+
+        self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        for name, low, high in (("nnodes", 1, 4096), ("node_rank", 0, 4095), ("master_port", 1, 65535)):
+            value = getattr(self, name)
+            if name == "node_rank" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ConfigError(f"{name} is {value!r}, but must be an integer in [{low}, {high}]")
+        for name in ("master_addr", "master_key"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} is {'not text' if name == 'master_key' else repr(value)}, but must be non-empty text")
+        if not _is_number(self.start_timeout) or not 0 < self.start_timeout <= 1e6:
+            raise ConfigError(f"start_timeout is {self.start_timeout!r}, but must be seconds in (0, 1e6]")
+        if self.nnodes == 1:
+            if self.node_rank:
+                raise ConfigError(f"node_rank is {self.node_rank}, but nnodes is 1")
+            return
+        if self.data_parallel_size != 1:
+            raise ConfigError(
+                f"data_parallel_size is {self.data_parallel_size} and nnodes is {self.nnodes}, but several hosts run one engine"
+            )
 
     def for_platform(self, platform: str) -> EngineConfig:
         """With the sizes of a step that suit "cpu", "gpu" or "tpu", where they are not given."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pjax.cli.common import add_engine, server_config
+from pjax.cli.common import ONE_HOST, add_engine, server_config
 from pjax.cli.flags import add_fields, parse_mapping, settings_parser, values
 from pjax.cli.serve import FLAGS
 from pjax.errors import ConfigError, EngineDeadError
@@ -113,7 +113,7 @@ def read(args: Mapping[str, Any]) -> tuple[RayConfig, ServerConfig]:
     parser.add_argument("--model")
     add_fields(parser, RayConfig, "ray")
     add_fields(parser, ServerConfig, "server", leave_out=RAYS_OWN, flags=FLAGS)
-    add_engine(parser)
+    add_engine(parser, ONE_HOST)
     found = parse_mapping(parser, args)
     ray, server = RayConfig(**values(RayConfig, found)), server_config(found)
     ray.check_devices(server.engine.tensor_parallel_size)

@@ -21,6 +21,8 @@ NO_FLAG = (
     "data_parallel_size",
     "logits_processors",
 )  # of one engine; a mesh is an object, and several engines are for LLM.generate
+ONE_HOST = ("nnodes", "node_rank", "master_addr", "master_port", "master_key", "start_timeout")
+"""Left out of commands that run on one host."""
 NOT_ASKED = (
     "n",
     "logprobs",

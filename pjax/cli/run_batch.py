@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
-from pjax.cli.common import add_engine, server_config
+from pjax.cli.common import ONE_HOST, add_engine, server_config
 from pjax.cli.flags import Parser
 from pjax.errors import ConfigError
 
@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--model", metavar="NAME", help="a Hugging Face folder, a .gguf file or a hub id (default: the demo model)")
     group.add_argument("--tokenizer", metavar="NAME", help="a path or hub id, where it is not the model's")
     group.add_argument("--served-model-name", action="append", metavar="TEXT", help="what the requests call the model; repeatable")
-    add_engine(parser)
+    add_engine(parser, ONE_HOST)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from pjax.cli.common import add_model, add_sampling, engine_options, model_or_demo, sampling_params
+from pjax.cli.common import ONE_HOST, add_model, add_sampling, engine_options, model_or_demo, sampling_params
 from pjax.cli.flags import Parser
 from pjax.errors import InvalidRequestError, PjaxError
 
@@ -40,7 +40,7 @@ def add_partner(parser: Parser) -> None:
     group = parser.add_argument_group("server, instead of a model here")
     group.add_argument("--url", metavar="URL", help="of a running server, such as http://localhost:8000/v1")
     group.add_argument("--api-key", metavar="KEY", help="for it (better in PJAX_API_KEY than in the list of processes)")
-    add_model(parser, leave_out=("seed",), max_num_seqs=1, lazy=True)
+    add_model(parser, leave_out=("seed", *ONE_HOST), max_num_seqs=1, lazy=True)
     add_sampling(parser, max_tokens=512)
 
 

@@ -103,6 +103,8 @@ class AsyncLLM:
         self._num_failures = 0
         self._thread = threading.Thread(target=self._run, name="pjax-engine", daemon=True)
         self._thread.start()
+        if self.engine.hosts is not None:
+            self.engine.hosts.tell_clients_by(self._die)
 
     # ---- for callers, in their event loops
 
@@ -226,7 +228,7 @@ class AsyncLLM:
         except Exception as error:
             self._num_failures += 1
             log.exception("a step failed (%d in a row)", self._num_failures)
-            if self._num_failures >= MAX_FAILURES:
+            if self._num_failures >= MAX_FAILURES or isinstance(error, EngineDeadError):
                 self.error = error
                 self._fail_all(EngineDeadError(f"the engine died: {type(error).__name__}: {error}"))
             elif self._num_failures > RETRIES:
@@ -268,6 +270,12 @@ class AsyncLLM:
         if stream is not None and output is not None:
             _tell(stream.loop, partial(stream.put, output))
         return output is not None
+
+    def _die(self, why: str) -> None:
+        """Called in a thread of the hosts' when one of them is lost: the engine's own thread may hang in a step for ever."""
+        self.error = error = EngineDeadError(why)
+        for stream in list(self._streams.values()):
+            _tell(stream.loop, partial(stream.put, error))
 
     def _fail_all(self, error: BaseException) -> None:
         for request_id in list(self._streams):

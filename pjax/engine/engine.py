@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.config import EngineConfig
+from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
+from pjax.engine.opening import open_source
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
-from pjax.errors import ConfigError
+from pjax.errors import ConfigError, UnsupportedError
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
-from pjax.models import ModelSource, open_model
-from pjax.models.given import match, source_of
+from pjax.models import ModelSource
+from pjax.models.given import match
 from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
 from pjax.pallas_kernels.pages import page_bytes
@@ -61,6 +63,9 @@ class LLMEngine:
 
     `add_request` accepts or refuses one at once; each `step` computes tokens for all that run and returns the outputs
     that changed. Not thread-safe.
+
+    With `nnodes` the same is made on every host. On rank 0 it is as on one host; on the others it runs rank 0's steps, and ends
+    the process (SystemExit, status 0) when rank 0's ends.
     """
 
     def __init__(
@@ -74,10 +79,20 @@ class LLMEngine:
         progress: bool = True,
     ) -> None:
         config = config or EngineConfig()
+        self.hosts = gather_hosts(model, config, params)
+        with told(self.hosts):
+            self._prepare(model, config, params, tokenizer, skip_tokenizer_init, progress)
+        if self.hosts is not None:
+            begin(self.hosts, self.runner)
+
+    def _prepare(
+        self, model: Any, config: EngineConfig, params: Any, tokenizer: str | Path | None, skip_tokenizer_init: bool, progress: bool
+    ) -> None:
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
         self.config = config = config.for_platform(platform)
-        source, layer_mode = _open(model, config, platform, mesh)
+        source, layer_mode = open_source(model, config, platform, mesh)
+        agree_on_model(self.hosts, source)
         if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
             raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
@@ -85,7 +100,7 @@ class LLMEngine:
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         devices = () if mesh is None else mesh.local_devices
-        num_pages = self._choose_num_pages(source, kv_dtype, devices)  # before any weights take memory
+        sizes = self._choose_sizes(source, kv_dtype, devices)  # before any weights take memory
         self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
@@ -94,7 +109,7 @@ class LLMEngine:
         each = "" if source.shares is None else f" on each of {source.shares.size} devices"
         log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)
         steps = use_compilation_cache(config.compilation_cache_dir, whole_steps=can_keep(source, config, platform))
-        self.scheduler, self.runner = self._build(source, kv_dtype, num_pages, steps)
+        self.scheduler, self.runner = self._build(source, kv_dtype, sizes, steps)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=source.config.vocab_size,
@@ -117,15 +132,24 @@ class LLMEngine:
             self.runner.warmup(progress=progress)
             if copied := self.runner.measure_swap():
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
+        if not config.lazy or self.hosts is not None:
             self._wait_for_weights()
 
-    def _choose_num_pages(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> int:
-        sizes: dict[str, Any] = {"weight_bytes": source.num_bytes, "devices": devices}
-        return choose_num_pages(self.config, source.own_config, kv_dtype, self.max_model_len, **sizes)
-
-    def _build(self, source: ModelSource, kv_dtype: str, num_pages: int, steps: Path | None) -> tuple[Scheduler, ModelRunner]:
+    def _choose_sizes(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
+        """Pages of the pool, and for how many of them there is host memory."""
         config, model = self.config, source.own_config
-        one_page = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes, devices=devices)
+        num_shares = 1 if source.shares is None else min(source.shares.size, len(devices))  # of which this host keeps pages
+        num_slots = choose_num_slots(config, num_pages, self._page_bytes(source, kv_dtype) * num_shares)
+        num_pages, num_slots = agree_on_sizes(self.hosts, num_pages, num_slots)
+        return num_pages, num_slots
+
+    def _page_bytes(self, source: ModelSource, kv_dtype: str) -> int:
+        model = source.own_config
+        return page_bytes(model.num_layers, self.config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+
+    def _build(self, source: ModelSource, kv_dtype: str, sizes: tuple[int, int], steps: Path | None) -> tuple[Scheduler, ModelRunner]:
+        config, (num_pages, num_slots) = self.config, sizes
         log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
         limits: dict[str, Any] = {
             "num_pages": num_pages,
@@ -133,7 +157,7 @@ class LLMEngine:
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.step_sizes[0],
             "max_num_batched_tokens": config.step_sizes[1],
-            "num_host_slots": choose_num_slots(config, num_pages, one_page * (1 if source.shares is None else source.shares.size)),
+            "num_host_slots": num_slots,
         }
         scheduler = Scheduler(
             **limits,
@@ -141,7 +165,7 @@ class LLMEngine:
             seconds_per_priority=config.seconds_per_priority,
             preemption_mode=config.preemption_mode,
         )
-        scheduler.kv.swap.cost.observe_copy(1, one_page / ASSUMED_COPY_RATE)
+        scheduler.kv.swap.cost.observe_copy(1, self._page_bytes(source, kv_dtype) / ASSUMED_COPY_RATE)
         limits |= {name: getattr(config, name) for name in ("attention_backend", "logits_processors")}
         return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, step_folder=steps))
 
@@ -167,6 +191,10 @@ class LLMEngine:
 
         Raises ConfigError, and changes nothing, when they do not fit.
         """
+        if self.hosts is not None:
+            raise UnsupportedError(
+                f"update_params with nnodes {self.hosts.size}: parameters are swapped on one host only; start the hosts anew"
+            )
         given = match(self._abstract, params)
         self._wait_for_weights()
         self._drain()
@@ -305,8 +333,10 @@ class LLMEngine:
                 table = self.scheduler.table
                 self._in_flight.append(_Step(plan, self.runner.dispatch(plan, table.tokens, table.block_tables), started))
             result = self.runner.fetch(self._in_flight[0].running) if self._in_flight else None
-        except BaseException:  # Ctrl-C too: nothing is lost but time
+        except BaseException as error:  # Ctrl-C too: nothing is lost but time
             self._in_flight.clear()
+            if self.hosts is not None:
+                raise_of_hosts(self.hosts, error)
             self.runner.restore_pages()
             self.scheduler.preempt_all()
             raise
@@ -359,24 +389,8 @@ class LLMEngine:
             counters.prefix_cache_hits += request.num_cached_tokens or 0
 
     def close(self) -> None:
-        """Stops the engine's threads."""
+        """Stops the engine's threads, and the other hosts."""
         self._loading.shutdown(wait=False, cancel_futures=True)
         self.runner.close()
-
-
-def _resolve_dtype(dtype: str, platform: str) -> str:
-    return ("float32" if platform == "cpu" else "auto") if dtype == "auto" else dtype
-
-
-def _open(model: Any, config: EngineConfig, platform: str, mesh: Any) -> tuple[ModelSource, str]:
-    """The model and how its layers run."""
-    if isinstance(model, str | Path):
-        layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode, mesh=mesh), layer_mode
-    if mesh is not None:
-        raise ConfigError("tensor parallelism with a model that is a module: give the checkpoint's path, and params= in the mesh")
-    source, own_mode = source_of(model), str(model.blocks.mode)
-    for name, asked, own in (("dtype", config.dtype, source.dtype), ("layer_mode", config.layer_mode, own_mode)):
-        if asked not in ("auto", own):
-            raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
-    return source, own_mode
+        if self.hosts is not None:
+            end(self.hosts)

@@ -55,11 +55,28 @@ def choose_mesh(config: Any) -> Mesh | None:
         )
     size, mesh = config.tensor_parallel_size, config.mesh
     if mesh is None:
-        return None if size == 1 else make_mesh(size)
+        return make_mesh(size, devices_of_hosts(size, config.nnodes)) if config.nnodes > 1 else None if size == 1 else make_mesh(size)
     check_mesh(mesh)
+    if len({device.process_index for device in mesh.devices.flat}) != config.nnodes:
+        raise ConfigError(f"nnodes is {config.nnodes}, but the mesh that was given has devices of another number of hosts")
     if size not in (1, mesh.shape[MODEL_AXIS]):
         raise ConfigError(f"tensor_parallel_size is {size}, but the mesh that was given has {mesh.shape[MODEL_AXIS]} along {MODEL_AXIS!r}")
     return mesh
+
+
+def devices_of_hosts(size: int, num_hosts: int) -> list[Any]:
+    """`size` devices, as many of each host. ConfigError when that is no whole number, or a host has fewer."""
+    if size % num_hosts:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but must be a multiple of nnodes, {num_hosts}: it spans the devices of all hosts"
+        )
+    own, platform = len(jax.local_devices()), jax.devices()[0].platform
+    if size // num_hosts > own:
+        raise ConfigError(f"tensor_parallel_size is {size}, but {num_hosts} hosts have {own * num_hosts} devices, {own} each ({platform})")
+    by_host: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        by_host.setdefault(device.process_index, []).append(device)
+    return [device for host in sorted(by_host) for device in by_host[host][: size // num_hosts]]
 
 
 def check_mesh(mesh: Any) -> None:

@@ -132,7 +132,7 @@ def pack(
     positions = np.arange(num_tokens, dtype=np.int32) - row_starts[of_row] + starts[of_row]
     token_ids[:num_tokens] = tokens[rows[of_row], positions]
 
-    num_samples = len(plan.sampled)
+    num_samples = len(plan.sample_rows)
     place = np.empty(num_rows, np.int32)
     place[order] = np.arange(num_rows, dtype=np.int32)
     sources = place[plan.sample_sources]
@@ -157,5 +157,5 @@ def pack(
         np.int32(len(plan.copies)),  # type: ignore[arg-type]
         sampling.gather(plan.sample_rows, bucket.num_rows),
         rules,  # type: ignore[arg-type]
-        None if bucket.decode_only else pack_scored(plan, row_starts[place], bucket.num_tokens),
+        None if bucket.decode_only else pack_scored(plan, tokens, row_starts[place], bucket.num_tokens),
     )

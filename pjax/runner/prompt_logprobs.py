@@ -47,10 +47,11 @@ def scored_struct(num_tokens: int) -> ScoredTokens:
     return ScoredTokens(struct((num_tokens,), jnp.int32), struct((num_tokens,), jnp.int32), struct((), jnp.int32))
 
 
-def pack_scored(plan: StepPlan, first_packed: Ints, num_tokens: int) -> ScoredTokens:
+def pack_scored(plan: StepPlan, tokens: Ints, first_packed: Ints, num_tokens: int) -> ScoredTokens:
     """The plan's tokens to be scored, in its order.
 
     Args:
+      tokens: int32 [rows, max_model_len], the sequence table.
       first_packed: int32 [n], packed index of the first token of each row of the plan.
     """
     sources, targets = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
@@ -58,7 +59,7 @@ def pack_scored(plan: StepPlan, first_packed: Ints, num_tokens: int) -> ScoredTo
     for index, start, end in plan.scored:
         size = end - start
         sources[count : count + size] = first_packed[index] + np.arange(start - plan.starts[index], end - plan.starts[index])
-        targets[count : count + size] = plan.requests[index].prompt_token_ids[start + 1 : end + 1]
+        targets[count : count + size] = tokens[plan.rows[index], start + 1 : end + 1]
         count += size
     return ScoredTokens(sources, targets, np.int32(count))  # type: ignore[arg-type]  # numpy in, device arrays inside the step
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from tqdm import tqdm
 
 from pjax.errors import ConfigError
+from pjax.hosts.codec import Arrays, encode
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape
@@ -26,6 +28,7 @@ from pjax.params import MAX_CANDIDATES, LogitRules
 from pjax.runner.adjust import LogitsProcessor
 from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
 from pjax.runner.executables import Executables
+from pjax.runner.mirror import COMPILE, Mirror, NewRow
 from pjax.runner.processors import check_processors
 from pjax.runner.prompt_logprobs import PromptScores
 from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens
@@ -80,6 +83,10 @@ class InFlight:
     wants_logprobs: bool
     num_scored: int
 
+    def wait(self) -> None:
+        """Until it has ended. An exception of the device comes here."""
+        jax.block_until_ready(self.sampled.tokens)
+
 
 class ModelRunner:
     """Runs plans on the device. A compiled step exists for each bucket; a missing one is compiled when it is needed.
@@ -126,6 +133,11 @@ class ModelRunner:
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
+        self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
+        self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
+        """Called with each step's message; inside of what it gives the step is dispatched. Other hosts run it too, by `follow`."""
+        self.on_compiled: Callable[[], None] | None = None
+        """Called when a step that is needed now has been compiled, before it runs: on other hosts that may take longer."""
 
     @property
     def num_compilations(self) -> int:
@@ -149,8 +161,23 @@ class ModelRunner:
           tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables. They may change as soon as
             this returns.
         """
-        self._write_rows(plan)
-        num_rows = max(len(plan.rows), len(plan.sampled))
+        new_rows = [made for request in plan.sampled if (made := self._new_row(request)) is not None]
+        if self.announce is None:
+            return self._start(plan, tokens, block_tables, new_rows)
+        with self.announce(self._mirror.write(plan, tokens, block_tables, new_rows)):
+            return self._start(plan, tokens, block_tables, new_rows)
+
+    def follow(self, head: dict[str, Any], arrays: Arrays) -> InFlight:
+        """Starts the step of another host's message, which every host must do in the same order."""
+        plan, new_rows = self._mirror.read(head, arrays)
+        for new in new_rows:
+            self._sampling.floats[new.row], self._sampling.ints[new.row] = new.floats, new.ints
+        return self._start(plan, self._mirror.tokens, self._mirror.block_tables, new_rows)
+
+    def _start(self, plan: StepPlan, tokens: Ints, block_tables: Ints, new_rows: Sequence[NewRow]) -> InFlight:
+        self._write_rows(new_rows)
+        num_samples = len(plan.sample_rows)
+        num_rows = max(len(plan.rows), num_samples)
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         step = self._compiled_step(bucket)
@@ -162,22 +189,29 @@ class ModelRunner:
         num_scored = sum(end - start for _, start, end in plan.scored)
         for array in jax.tree.leaves((sampled if wants_logprobs else sampled.tokens, prompt if num_scored else None)):
             array.copy_to_host_async()
-        return InFlight(sampled, prompt, len(plan.sampled), wants_logprobs, num_scored)
+        return InFlight(sampled, prompt, num_samples, wants_logprobs, num_scored)
 
-    def _write_rows(self, plan: StepPlan) -> None:
-        """Parameters, rules and earlier tokens of requests that are new in their rows."""
-        for request in plan.sampled:
-            params, row = request.params, np.int32(request.row)
-            temperature = 1.0 if request.beam is None else request.beam.temperature
-            flags = flags_of(request.rules, [self._processors[name] for name in params.logits_processors or ()])
-            turn, length = request.metrics.num_preemptions, len(request.prompt_token_ids)
-            if not self._sampling.set(request.row, request, params, request.seed, temperature, turn=turn, prompt_len=length, flags=flags):
-                continue
-            if request.rules is not None:
-                self._rules = write_row(self._rules, row, as_row(request.rules, self._vocab_size))
-            if params.needs_history:
+    def _new_row(self, request: Any) -> NewRow | None:
+        """Parameters, rules and earlier tokens of a request that is new in its row; None when it is not."""
+        params, row = request.params, request.row
+        temperature = 1.0 if request.beam is None else request.beam.temperature
+        flags = flags_of(request.rules, [self._processors[name] for name in params.logits_processors or ()])
+        turn, length = request.metrics.num_preemptions, len(request.prompt_token_ids)
+        table = self._sampling
+        if not table.set(row, request, params, request.seed, temperature, turn=turn, prompt_len=length, flags=flags):
+            return None
+        known = np.array(request.tokens_between(0, request.num_tokens), np.int32) if params.needs_history else None
+        return NewRow(row, table.floats[row].copy(), table.ints[row].copy(), request.rules, known)
+
+    def _write_rows(self, new_rows: Sequence[NewRow]) -> None:
+        """Rules and earlier tokens, on the device."""
+        for new in new_rows:
+            row = np.int32(new.row)
+            if new.rules is not None:
+                self._rules = write_row(self._rules, row, as_row(new.rules, self._vocab_size))
+            if new.known is not None:
                 known = np.full(self.config.max_model_len, -1, np.int32)
-                known[: request.num_tokens] = request.tokens_between(0, request.num_tokens)
+                known[: len(new.known)] = new.known
                 self._tokens = write_tokens(self._tokens, row, known)
 
     def fetch(self, step: InFlight) -> StepResult:
@@ -242,13 +276,17 @@ class ModelRunner:
 
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
         """Starts compiling the step that a plan of this size would take."""
-        self.prefetch(find_bucket(self.buckets, num_tokens, num_rows, decode_only))
+        bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
+        with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
+            self.prefetch(bucket)
 
     def _compiled_step(self, bucket: Bucket) -> Any:
         if bucket not in self._compiled:
             self.prefetch(bucket)
             self._compiled[bucket] = self._pending.pop(bucket).result()
             self._num_steps_compiled += 1
+            if self.on_compiled is not None:
+                self.on_compiled()
         return self._compiled[bucket]
 
     def _compile(self, bucket: Bucket) -> Any:

@@ -37,12 +37,14 @@ class PageSwap:
         rows, page_size, width = pool.shape
         self._page_shape = (num_layers, page_size, width)
         self._num_pages = rows // num_layers
-        self._host = np.empty((num_slots, *self._page_shape), pool.dtype)
         self._arriving: deque[tuple[Ints, jax.Array]] = deque()
         # Pages on the host are whole rows of all devices; on their way each device sends and gets its own.
         self._data_sharding = pool_format.sharding
         if isinstance(pool_format.sharding, NamedSharding):
             self._data_sharding = NamedSharding(pool_format.sharding.mesh, PartitionSpec(None, *pool_format.sharding.spec))
+        # Of several hosts each keeps what its own devices hold.
+        own = own_width((1, *self._page_shape), self._data_sharding)
+        self._host = np.empty((num_slots, *self._page_shape[:-1], own), pool.dtype)
         self._out = jax.jit(self._gather, out_shardings=self._data_sharding)
         self._in = jax.jit(self._scatter, donate_argnums=0, out_shardings=pool_format)
         self._compiled: dict[int, Future[tuple[Any, Any]]] = {}
@@ -110,16 +112,20 @@ class PageSwap:
             while any(wanted.intersection(slots.tolist()) for slots, _ in self._arriving):
                 self._settle()
         for chunk, size in _chunks(ins):
-            data = jax.device_put(
-                self._host[_padded(chunk[:, 0], size)], self._data_sharding
-            )  # indexing copies, so the slots are free from here on
+            data = self._put(self._host[_padded(chunk[:, 0], size)])  # indexing copies, so the slots are free from here on
             pages = self._copies(size)[1](pages, _padded(chunk[:, 1], size), data, np.int32(len(chunk)))
         return pages
 
     def _settle(self) -> None:
         """Writes the oldest copy out to its slots. Copies settle in their order: a slot may have been given anew."""
         slots, batch = self._arriving.popleft()
-        self._host[slots] = np.asarray(batch)[: len(slots)]
+        self._host[slots] = own_part(batch)[: len(slots)]
+
+    def _put(self, rows: npt.NDArray[Any]) -> jax.Array:
+        """Pages on their way to the devices: this host's part of them."""
+        if self._data_sharding.is_fully_addressable:
+            return jax.device_put(rows, self._data_sharding)
+        return jax.make_array_from_process_local_data(self._data_sharding, rows, (len(rows), *self._page_shape))
 
     def forget(self) -> None:
         """Drops what is on its way."""
@@ -136,6 +142,22 @@ class PageSwap:
             pages = jax.block_until_ready(self.apply(pages, both, both))
             seconds = time.perf_counter() - started
         return pages, count, seconds / 2
+
+
+def own_width(shape: tuple[int, ...], sharding: Any) -> int:
+    """How much of the last dimension this host's devices hold."""
+    if sharding.is_fully_addressable:
+        return shape[-1]
+    spans = {index[-1].indices(shape[-1])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    return sum(end - start for start, end in spans)
+
+
+def own_part(array: jax.Array) -> npt.NDArray[Any]:
+    """What of an array this host's devices hold, one after the other in its last dimension."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    parts = {shard.index[-1].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=-1)
 
 
 def _chunks(pairs: Ints) -> list[tuple[Ints, int]]:

@@ -17,6 +17,7 @@ from sse_starlette.sse import AppStatus
 
 from pjax.engine import AsyncLLM
 from pjax.errors import ConfigError
+from pjax.hosts import find_place
 from pjax.server.app import create_app
 from pjax.server.bridge import Bridge
 from pjax.server.config import ServerConfig
@@ -33,6 +34,8 @@ def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`."""
     set_up(config.log_level, config.log_format)
     config = with_template(config)
+    if (place := find_place(config.engine)) is not None and place.rank > 0:
+        open_engine(config)  # runs what rank 0 says and ends the process with it: it takes no port and answers nobody
     with bind(config.host, config.port) as listener:
         return serve_llm(open_engine(config), config, listener)
 

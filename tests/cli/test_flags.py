@@ -14,7 +14,7 @@ import pytest
 
 from pjax import cli
 from pjax.cli import collect_env
-from pjax.cli.common import NO_FLAG, engine_options, server_config
+from pjax.cli.common import NO_FLAG, ONE_HOST, engine_options, server_config
 from pjax.cli.flags import add_fields, field_docs, make_parser, size, values
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
@@ -48,9 +48,19 @@ def test_every_engine_field_has_a_flag_with_its_default_and_its_docstring(comman
     given = engine_options(parse(command, *words))
     lazy = {"lazy": True} if command in ("chat", "complete") else {}
     rows = {"max_num_seqs": 1} if command in ("chat", "complete") else {}
-    expected = {item.name: item.default for item in fields(EngineConfig) if item.name not in NO_FLAG} | lazy | rows
+    left_out = (*NO_FLAG, *(ONE_HOST if command in ("chat", "complete", "run-batch") else ()))
+    expected = {item.name: item.default for item in fields(EngineConfig) if item.name not in left_out} | lazy | rows
     assert {name: value for name, value in given.items() if name != "seed"} == {n: v for n, v in expected.items() if n != "seed"}
     assert set(field_docs(EngineConfig)) == {item.name for item in fields(EngineConfig)}, "a field without a docstring has no help"
+
+
+@pytest.mark.parametrize("command", ["chat", "complete", "run-batch"])
+def test_commands_of_one_host_refuse_several(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--input", "a", "--output", "b") if command == "run-batch" else ()
+    with pytest.raises(SystemExit):
+        parse(command, *words, "--nnodes", "2")
+    assert "unrecognized arguments: --nnodes" in capsys.readouterr().err
+    assert set(ONE_HOST) < {item.name for item in fields(EngineConfig)}
 
 
 def test_every_server_field_has_a_flag() -> None:

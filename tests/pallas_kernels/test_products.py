@@ -23,7 +23,7 @@ def test_the_library_was_built() -> None:
     assert native.library() is not None, "make test builds it"
 
 
-@pytest.mark.parametrize("rows, num_in, num_out", SIZES)
+@pytest.mark.parametrize(("rows", "num_in", "num_out"), SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int) -> None:
     rng = np.random.default_rng(rows)
