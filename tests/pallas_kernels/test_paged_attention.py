@@ -52,6 +52,16 @@ class TestNative(KernelSuite):
         """The tests install pjax where a compiler is; XLA would serve as well, and nobody would notice."""
         assert native.native.library() is not None
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_queries_of_half_precision_over_pages_of_float32(self, dtype: str) -> None:
+        """What an engine in bfloat16 asks for on a CPU, whose pool is float32."""
+        feature = Feature("mixed", (4, 2, 64), 16)
+        step = make_step(feature)
+        pool, queries = jnp.asarray(step.pool_after), step.q.astype(dtype)
+        out, wide = (paged_attention(q, pool, step.batch, num_kv_heads=2, backend="native") for q in (queries, queries.astype(jnp.float32)))
+        assert out.dtype == queries.dtype
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(wide.astype(dtype)))
+
 
 @pytest.fixture(scope="module")
 def one() -> Step:
@@ -146,7 +156,7 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
         for _ in range(2):
             paged_attention(one.q, one.pool, one.batch, num_kv_heads=2)
     (record,) = [r for r in caplog.records if "goes through XLA" in r.message]
-    assert "'native' takes float32 and head sizes 64" in record.message
+    assert "'native' takes pages of float32 and head sizes 64" in record.message
 
 
 @pytest.mark.parametrize("backend", ["xla", "tpu"])
