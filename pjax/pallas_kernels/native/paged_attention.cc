@@ -232,12 +232,13 @@ struct Plan {
   Work decode, prefill;
 };
 
-std::vector<Item> MakeItems(const Problem& p, int64_t num_rows, int64_t num_tokens) {
+// Decode rows are items whole, since a token's heads lie side by side; by KV head where threads would have none.
+std::vector<Item> MakeItems(const Problem& p, int64_t num_rows, int64_t num_tokens, int64_t num_threads) {
   std::vector<Item> items;
-  const int32_t heads = static_cast<int32_t>(p.num_kv_heads);
+  const int32_t heads = static_cast<int32_t>(p.num_kv_heads), together = num_tokens < 2 * num_threads ? 1 : heads;
   for (int32_t row = 0; row < num_rows; ++row) {
     const int32_t start = p.row_starts[row], end = std::min<int32_t>(p.row_starts[row + 1], num_tokens);
-    if (end - start == 1) items.push_back({row, start, 1, 0, heads});
+    for (int32_t k = 0; end - start == 1 && k < heads; k += together) items.push_back({row, start, 1, k, together});
     if (end - start < 2) continue;
     for (int32_t first = start; first < end; first += kQueryTile)
       for (int32_t k = 0; k < heads; ++k) items.push_back({row, first, std::min(kQueryTile, end - first), k, 1});
@@ -272,7 +273,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Bu
   if (!ChooseFor(q_shape[2], plan.get())) return ffi::Error::InvalidArgument("head size is not supported");
   plan->problem = {q.typed_data(), pages.typed_data(), row_starts.typed_data(), kv_lens.typed_data(), tables.typed_data(),
                     out->typed_data(), page_shape[0], page_shape[1], table_shape[1], q_shape[1], num_kv_heads, scale, softcap, window};
-  plan->items = MakeItems(plan->problem, num_rows, num_tokens);
+  plan->items = MakeItems(plan->problem, num_rows, num_tokens, pool.num_threads());
   const int64_t used = std::clamp<int64_t>(row_starts.typed_data()[num_rows], 0, num_tokens), row = q_shape[1] * q_shape[2];
   std::memset(out->typed_data() + used * row, 0, sizeof(float) * (num_tokens - used) * row);
 
