@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.multi_host.conftest import SIZES
-from tests.multi_host.hosts import OPTIONS, Hosts, free_port, worker
+from tests.multi_host.hosts import OPTIONS, ROOT, Hosts, free_port, worker
 from tests.server.common import wait_for
 from tests.tiny import write_model
 
@@ -110,18 +111,33 @@ def test_what_is_wrong_is_told_by_every_host(
             assert all(message in hosts.err(rank) for message in messages), hosts.err(rank)
 
 
-def test_hosts_with_other_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", tokenizer=False, seed=1, **SIZES)
+@pytest.mark.parametrize("what", ["checkpoint", "sources", "devices"])
+def test_hosts_that_are_not_alike_are_refused(folder: Path, tmp_path: Path, what: str) -> None:
+    models, trees, devices = [folder, folder], [ROOT, ROOT], [1, 1]
+    if what == "checkpoint":
+        models[1] = write_model(tmp_path / "other", tokenizer=False, seed=1, **SIZES)
+    elif what == "sources":
+        shutil.copytree(ROOT / "pjax", tmp_path / "tree" / "pjax", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "tree" / "pjax" / "more.py").write_text("# another version")
+        trees[1] = tmp_path / "tree"
+    else:
+        devices[1] = 2
+    port = free_port()
 
     def command(rank: int) -> list[str]:
         own = OPTIONS | {"nnodes": 2, "tensor_parallel_size": 2, "master_addr": "127.0.0.1", "master_port": port, "node_rank": rank}
-        return ["-m", "tests.multi_host.worker", "crowd", str((folder, other)[rank]), json.dumps(own)]
+        code = f"import sys; sys.path.insert(0, {str(trees[rank])!r}); from pjax import LLM; LLM({str(models[rank])!r}, "
+        return ["-c", f"{code}skip_tokenizer_init=True, **{own!r})"]
 
-    port = free_port()
-    with Hosts(command, 2, tmp_path / "logs") as hosts:
+    expected = {
+        "checkpoint": "hosts disagree: rank 1 has file model.safetensors of ",
+        "sources": "hosts disagree: rank 1 has pjax's sources ",
+        "devices": "hosts disagree: rank 1 has number of devices 2, rank 0 has 1",
+    }
+    with Hosts(command, 2, tmp_path / "logs", devices) as hosts:
         assert 0 not in hosts.wait(seconds=60)
         for rank in range(2):
-            assert "hosts disagree: rank 1 has file model.safetensors of " in hosts.err(rank)
+            assert expected[what] in hosts.err(rank)
 
 
 def test_a_server_over_two_hosts(options: dict[str, Any], tmp_path: Path) -> None:
