@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from tests.multi_host.hosts import Hosts, free_port, worker
-from tests.multi_host.test_processes import LIMIT, check_loss, crowd_of, same
+from tests.multi_host.test_processes import LIMIT, check_loss, check_sigterm, crowd_of, same
 from tests.server.common import wait_for
 from tests.tiny import write_model
 
@@ -64,6 +64,18 @@ def test_a_stopped_host_ends_the_other(folder: Path, small: dict[str, Any], tmp_
         check_loss(hosts, 1, hosts.signal(1, signal.SIGSTOP), "is lost: it has said nothing for 6 seconds")
         hosts.signal(1, signal.SIGCONT)
         assert hosts.wait([1], LIMIT) == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_rank_0_end_all_in_order(folder: Path, small: dict[str, Any], tmp_path: Path, number: signal.Signals) -> None:
+    with worker("load", folder, 2, tmp_path, **small) as hosts:
+        hosts.wait_for("generated")
+        if number == signal.SIGTERM:
+            check_sigterm(hosts, 0)
+        else:
+            hosts.signal(0, number)
+            status, other = hosts.wait()
+            assert status != 0 and other == 0 and "KeyboardInterrupt" in hosts.err(0)
 
 
 def test_a_server_that_loses_a_host_tells_its_clients(options: dict[str, Any], tmp_path: Path) -> None:

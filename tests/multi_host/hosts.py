@@ -34,16 +34,17 @@ class Hosts:
 
     Args:
       command: what each runs, given its rank.
-      devices: CPU devices of each.
+      devices: CPU devices of each, or of every one.
     """
 
-    def __init__(self, command: Callable[[int], Sequence[str]], size: int, folder: Path, devices: int = 1) -> None:
+    def __init__(self, command: Callable[[int], Sequence[str]], size: int, folder: Path, devices: int | Sequence[int] = 1) -> None:
         self.size, self.folder = size, folder
         folder.mkdir(parents=True, exist_ok=True)
-        flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
-        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        counts = [devices] * size if isinstance(devices, int) else devices
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.processes: list[subprocess.Popen[bytes]] = []
         for rank in range(size):
+            env["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count={counts[rank]}"
             with (folder / f"out{rank}").open("wb") as out, (folder / f"err{rank}").open("wb") as err:
                 self.processes.append(subprocess.Popen([sys.executable, *command(rank)], stdout=out, stderr=err, env=env, cwd=ROOT))
 

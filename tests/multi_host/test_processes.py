@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.multi_host.conftest import SIZES
-from tests.multi_host.hosts import OPTIONS, Hosts, free_port, worker
+from tests.multi_host.hosts import OPTIONS, ROOT, Hosts, free_port, worker
 from tests.server.common import wait_for
 from tests.tiny import write_model
 
@@ -63,24 +64,26 @@ def check_loss(hosts: Hosts, lost: int, began: float, reason: str) -> None:
         assert last.startswith(f"pjax: rank {rank} of {hosts.size} ends: rank {lost} at ") and reason in last, last
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, small: dict[str, Any], tmp_path: Path, lost: int) -> None:
+def check_sigterm(hosts: Hosts, told: int) -> None:
+    """Whichever host is told to end, rank 0 ends as a program that got the signal, and the others well."""
+    hosts.signal(told, signal.SIGTERM)
+    assert hosts.wait() == [128 + signal.SIGTERM, *[0] * (hosts.size - 1)]
+    assert "Traceback" not in hosts.err(1) and "rank 1 ends with rank 0" in hosts.err(1)
+
+
+def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
     port = free_port()
-    for turn in range(2):  # at the same port, at once
-        with worker("load", folder, 2, tmp_path / str(turn), port=port, **small) as hosts:
+    for lost in (1, 0):  # the second time at the same port, at once
+        with worker("load", folder, 2, tmp_path / str(lost), port=port, **small) as hosts:
             hosts.wait_for("generated")
             check_loss(hosts, lost, hosts.signal(lost, signal.SIGKILL), "is lost: its connection broke")
-        if lost == 0:
-            break
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_of_any_host_ends_all_in_order(folder: Path, small: dict[str, Any], tmp_path: Path, told: int) -> None:
+def test_sigterm_of_a_follower_ends_all_in_order(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 0's is tested with the server, below, and in check_more.py."""
     with worker("load", folder, 2, tmp_path, **small) as hosts:
         hosts.wait_for("generated")
-        hosts.signal(told, signal.SIGTERM)
-        assert hosts.wait() == [128 + signal.SIGTERM, 0]
-        assert "Traceback" not in hosts.err(1) and "rank 1 ends with rank 0" in hosts.err(1)
+        check_sigterm(hosts, 1)
 
 
 def test_a_step_that_fails_on_one_host_ends_all(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
@@ -110,18 +113,33 @@ def test_what_is_wrong_is_told_by_every_host(
             assert all(message in hosts.err(rank) for message in messages), hosts.err(rank)
 
 
-def test_hosts_with_other_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", tokenizer=False, seed=1, **SIZES)
+@pytest.mark.parametrize("what", ["checkpoint", "sources", "devices"])
+def test_hosts_that_are_not_alike_are_refused(folder: Path, tmp_path: Path, what: str) -> None:
+    models, trees, devices = [folder, folder], [ROOT, ROOT], [1, 1]
+    if what == "checkpoint":
+        models[1] = write_model(tmp_path / "other", tokenizer=False, seed=1, **SIZES)
+    elif what == "sources":
+        shutil.copytree(ROOT / "pjax", tmp_path / "tree" / "pjax", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "tree" / "pjax" / "more.py").write_text("# another version")
+        trees[1] = tmp_path / "tree"
+    else:
+        devices[1] = 2
+    port = free_port()
 
     def command(rank: int) -> list[str]:
         own = OPTIONS | {"nnodes": 2, "tensor_parallel_size": 2, "master_addr": "127.0.0.1", "master_port": port, "node_rank": rank}
-        return ["-m", "tests.multi_host.worker", "crowd", str((folder, other)[rank]), json.dumps(own)]
+        code = f"import sys; sys.path.insert(0, {str(trees[rank])!r}); from pjax import LLM; LLM({str(models[rank])!r}, "
+        return ["-c", f"{code}skip_tokenizer_init=True, **{own!r})"]
 
-    port = free_port()
-    with Hosts(command, 2, tmp_path / "logs") as hosts:
+    expected = {
+        "checkpoint": "hosts disagree: rank 1 has file model.safetensors of ",
+        "sources": "hosts disagree: rank 1 has pjax's sources ",
+        "devices": "hosts disagree: rank 1 has number of devices 2, rank 0 has 1",
+    }
+    with Hosts(command, 2, tmp_path / "logs", devices) as hosts:
         assert 0 not in hosts.wait(seconds=60)
         for rank in range(2):
-            assert "hosts disagree: rank 1 has file model.safetensors of " in hosts.err(rank)
+            assert expected[what] in hosts.err(rank)
 
 
 def test_a_server_over_two_hosts(options: dict[str, Any], tmp_path: Path) -> None:
