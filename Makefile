@@ -80,7 +80,7 @@ $(AOT_VENV)/.done: pyproject.toml
 # With another Python, and so another JAX, than constraints.txt has, the interpreters run there too.
 AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/test_*_interpreted.py))
 
-test-multi-host: $(VENV)/.test ## several hosts as processes on this machine: each of four lost in turn, and the rest of tests/multi_host; 10 minutes
+test-multi-host: $(VENV)/.test ## several hosts as processes on this machine: each of four lost in turn, and the rest of tests/multi_host; 20 minutes
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/multi_host/test_processes.py tests/multi_host/check_more.py
 
 test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
