@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from pjax import LLM, SamplingParams
 from pjax.runner.executables import MAX_KEPT, Executables
@@ -33,8 +34,10 @@ def _no_cache_of_jax() -> Iterator[None]:
     """Which an engine of an earlier test, or of one here, has turned on for the whole process."""
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # it goes on in the folder that it began with
     yield
     jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
