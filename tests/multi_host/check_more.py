@@ -91,15 +91,7 @@ def test_a_server_that_loses_a_host_tells_its_clients(options: dict[str, Any], t
     url = f"http://127.0.0.1:{ports[0]}"
     for _ in range(2):  # a restart at the same ports works
         with Hosts(command, 2, tmp_path / "logs") as hosts:
-
-            def is_ready(hosts: Hosts = hosts) -> bool:
-                assert [process.poll() for process in hosts.processes] == [None, None]
-                try:
-                    return httpx2.get(f"{url}/ready").status_code == 200
-                except httpx2.TransportError:
-                    return False
-
-            wait_for(is_ready, 120)
+            hosts.wait_until_ready(url)
             lines: list[list[str]] = [[], []]
 
             def stream(found: list[str]) -> None:

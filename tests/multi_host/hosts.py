@@ -14,6 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx2
+
+from tests.server.common import wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 # Compiling is most of the time here, so without the compiler's optimisations.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -77,6 +81,18 @@ class Hosts:
         """The exit statuses of ranks, all by default."""
         until = time.monotonic() + seconds
         return [self.processes[rank].wait(max(until - time.monotonic(), 0.01)) for rank in (range(self.size) if ranks is None else ranks)]
+
+    def wait_until_ready(self, url: str) -> None:
+        """Until the server of rank 0 says so; all must live until then."""
+
+        def is_ready() -> bool:
+            assert [process.poll() for process in self.processes] == [None] * self.size
+            try:
+                return httpx2.get(f"{url}/ready").status_code == 200
+            except httpx2.TransportError:
+                return False
+
+        wait_for(is_ready, 120)
 
     def signal(self, rank: int, number: signal.Signals) -> float:
         """Sends it; the time."""

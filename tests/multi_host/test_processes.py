@@ -18,7 +18,6 @@ import pytest
 
 from tests.multi_host.conftest import SIZES
 from tests.multi_host.hosts import OPTIONS, ROOT, Hosts, free_port, worker
-from tests.server.common import wait_for
 from tests.tiny import write_model
 
 LIMIT = 10.0  # seconds in which all hosts end when one is lost
@@ -155,15 +154,7 @@ def test_a_server_over_two_hosts(options: dict[str, Any], tmp_path: Path) -> Non
 
     url = f"http://127.0.0.1:{ports[0]}"
     with Hosts(command, 2, tmp_path / "logs") as hosts:
-
-        def is_ready() -> bool:
-            assert [process.poll() for process in hosts.processes] == [None, None]
-            try:
-                return httpx2.get(f"{url}/ready").status_code == 200
-            except httpx2.TransportError:
-                return False
-
-        wait_for(is_ready, 120)
+        hosts.wait_until_ready(url)
         body = {"prompt": "abc", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         answers = [httpx2.post(f"{url}/v1/completions", json=body, timeout=120).json() for _ in range(2)]
         texts = {answer["choices"][0]["text"] for answer in answers}
