@@ -26,7 +26,7 @@ class PagedContext:
         return cls(
             batch=batch,
             positions=batch.token_positions(num_tokens),
-            targets=write_targets(batch, pages, num_tokens, backend=None if backend is None else "tpu" if backend == "tpu" else "xla"),
+            targets=write_targets(batch, pages, num_tokens, backend=backend if backend in (None, "native", "tpu") else "xla"),
             num_pages=pages.shape[0] // num_layers,
             backend=backend,
         )

@@ -94,6 +94,7 @@ def test_a_real_trace(tmp_path: Path) -> None:
     assert {(target, parts[name]) for name, target in kernels.items()} <= {
         ("pjax_product", "products"),
         ("pjax_paged_attention", "attention"),
+        ("pjax_kv_write", "attention"),
     }
     assert "pjax_product" in kernels.values()
     assert {parts[name] for name in parts if "threefry" in name} <= {"sampling"}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_kv, write_targets
+from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_targets
+from pjax.pallas_kernels.kv_write import NativeTargets, SlotTargets
 from pjax.pallas_kernels.paged_attention import api, native
 from tests.pallas_kernels.suite import CASES, FEATURES, Feature, KernelSuite, Step, make_step
 
@@ -42,6 +43,7 @@ class TestReference(KernelSuite):
 
 class TestNative(KernelSuite):
     backend = "native"
+    write_backend = "native"
     features: ClassVar = ALL + LONG
 
     @classmethod
@@ -68,14 +70,24 @@ def one() -> Step:
     return make_step(Feature("one", (4, 2, 16), 8))
 
 
-def test_a_write_changes_only_the_named_slots() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [SlotTargets, NativeTargets])
+def test_a_write_changes_only_the_named_slots(kind: type[SlotTargets | NativeTargets], dtype: str) -> None:
     pool = jnp.full(pool_shape(2, 3, 4, 2, 8), jnp.nan)
-    keys, values = jnp.ones((3, 2, 8)), jnp.full((3, 2, 8), 2.0)
-    slots = jnp.array([5, 23, pool.shape[0] * 4], jnp.int32)  # the last one is padding
-    out = np.asarray(write_kv(pool, keys, values, slots)).reshape(-1, 2, 2, 8)
-    assert (out[[5, 23], 0] == 1).all()
-    assert (out[[5, 23], 1] == 2).all()
-    assert np.isnan(np.delete(out, [5, 23], axis=0)).all()
+    keys, values = jnp.full((3, 2, 8), 1.5, dtype), jnp.arange(48, dtype=dtype).reshape(3, 2, 8)
+    targets = kind(jnp.array([5, 11, pool.shape[0] * 4], jnp.int32))  # the last one is padding
+    out = np.asarray(jax.jit(lambda *arrays: targets.write(*arrays, 3), donate_argnums=0)(pool, keys, values)).reshape(-1, 2, 2, 8)
+    assert (out[[17, 23], 0] == 1.5).all()
+    np.testing.assert_array_equal(out[[17, 23], 1], np.arange(32, dtype=np.float32).reshape(2, 2, 8))
+    assert np.isnan(np.delete(out, [17, 23], axis=0)).all()
+
+
+def test_a_pool_that_is_not_given_away_stays_as_it_is() -> None:
+    pool = jnp.zeros(pool_shape(1, 3, 4, 2, 8))
+    targets = NativeTargets(jnp.array([2], jnp.int32))
+    out = jax.jit(lambda pool, keys: targets.write(pool, keys, keys, 0))(pool, jnp.ones((1, 2, 8)))
+    assert float(out.sum()) == 32
+    assert float(pool.sum()) == 0
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
     assert "'native' takes pages of float32 and head sizes 64" in record.message
 
 
-@pytest.mark.parametrize("backend", ["xla", "tpu"])
+@pytest.mark.parametrize("backend", ["xla", "tpu", "native"])
 def test_bad_writes_are_named(one: Step, backend: str) -> None:
     keys = jnp.ones((1, 2, 16))
     targets = write_targets(one.batch, one.pool, 1, backend=backend)
@@ -170,6 +182,8 @@ def test_bad_writes_are_named(one: Step, backend: str) -> None:
         write_targets(one.batch, one.pool, 1, backend="gpu")
     with pytest.raises(NotImplementedError, match="takes pages of a multiple of 8 tokens, but they have 12; 'xla' takes any"):
         write_targets(one.batch, jnp.zeros((4, 12, 64)), 1, backend="tpu")
+    with pytest.raises(NotImplementedError, match="takes pages of float32, but they are bfloat16; 'xla' takes any"):
+        write_targets(one.batch, one.pool.astype(jnp.bfloat16), 1, backend="native")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import jax
 log = logging.getLogger(__name__)
 
 ATTENTION = "pjax_paged_attention"
+KV_WRITE = "pjax_kv_write"
 PRODUCT = "pjax_product"
 RESERVE = "pjax_reserve"
-SYMBOLS = {ATTENTION: "PjaxPagedAttention", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
+SYMBOLS = {ATTENTION: "PjaxPagedAttention", KV_WRITE: "PjaxKvWrite", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
 
 
 @functools.cache
