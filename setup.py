@@ -21,7 +21,7 @@ def extensions() -> list[Extension]:
         FOLDER.replace("/", ".") + "._library",
         [f"{FOLDER}/{name}.cc" for name in ("kv_write", "paged_attention", "products", "reserve")],
         include_dirs=[include],
-        depends=[f"{FOLDER}/threads.h"],
+        depends=[f"{FOLDER}/lanes.h", f"{FOLDER}/threads.h"],
         extra_compile_args=FLAGS + wide,
         optional=True,
     )

@@ -48,7 +48,7 @@ class TestNative(KernelSuite):
 
     @classmethod
     def takes(cls, feature: Feature) -> bool:
-        return feature.dtype == "float32" and feature.heads[2] in native.HEAD_SIZES
+        return feature.dtype in ("float32", "bfloat16") and feature.heads[2] in native.HEAD_SIZES
 
     def test_it_was_built(self) -> None:
         """The tests install pjax where a compiler is; XLA would serve as well, and nobody would notice."""
@@ -70,10 +70,12 @@ def one() -> Step:
     return make_step(Feature("one", (4, 2, 16), 8))
 
 
+@pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", [SlotTargets, NativeTargets])
-def test_a_write_changes_only_the_named_slots(kind: type[SlotTargets | NativeTargets], dtype: str) -> None:
-    pool = jnp.full(pool_shape(2, 3, 4, 2, 8), jnp.nan)
+def test_a_write_changes_only_the_named_slots(kind: type[SlotTargets | NativeTargets], dtype: str, pool_dtype: str) -> None:
+    assert native.native.library() is not None
+    pool = jnp.full(pool_shape(2, 3, 4, 2, 8), jnp.nan, pool_dtype)
     keys, values = jnp.full((3, 2, 8), 1.5, dtype), jnp.arange(48, dtype=dtype).reshape(3, 2, 8)
     targets = kind(jnp.array([5, 11, pool.shape[0] * 4], jnp.int32))  # the last one is padding
     out = np.asarray(jax.jit(lambda *arrays: targets.write(*arrays, 3), donate_argnums=0)(pool, keys, values)).reshape(-1, 2, 2, 8)
@@ -82,7 +84,18 @@ def test_a_write_changes_only_the_named_slots(kind: type[SlotTargets | NativeTar
     assert np.isnan(np.delete(out, [17, 23], axis=0)).all()
 
 
+def test_a_native_write_rounds_as_numpy_does() -> None:
+    assert native.native.library() is not None
+    numbers = np.random.default_rng(0).normal(size=(1, 2, 512)).astype(np.float32)
+    numbers[0, 0, :6] = np.array([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x7F7FFFFF, 0x00000001, 0x7FC00000], np.uint32).view(np.float32)
+    pool, keys = jnp.zeros((1, 1, 2048), jnp.bfloat16), jnp.asarray(numbers)
+    out = jax.jit(lambda pool: NativeTargets(jnp.zeros(1, jnp.int32)).write(pool, keys, keys, 0))(pool)
+    got, expected = np.asarray(out).reshape(2, 1024)[0], numbers.reshape(-1).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+
+
 def test_a_pool_that_is_not_given_away_stays_as_it_is() -> None:
+    assert native.native.library() is not None
     pool = jnp.zeros(pool_shape(1, 3, 4, 2, 8))
     targets = NativeTargets(jnp.array([2], jnp.int32))
     out = jax.jit(lambda pool, keys: targets.write(pool, keys, keys, 0))(pool, jnp.ones((1, 2, 8)))
@@ -168,7 +181,7 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
         for _ in range(2):
             paged_attention(one.q, one.pool, one.batch, num_kv_heads=2)
     (record,) = [r for r in caplog.records if "goes through XLA" in r.message]
-    assert "'native' takes pages of float32 and head sizes 64" in record.message
+    assert "'native' takes pages of float32 or bfloat16 and head sizes 64" in record.message
 
 
 @pytest.mark.parametrize("backend", ["xla", "tpu", "native"])
@@ -182,8 +195,8 @@ def test_bad_writes_are_named(one: Step, backend: str) -> None:
         write_targets(one.batch, one.pool, 1, backend="gpu")
     with pytest.raises(NotImplementedError, match="takes pages of a multiple of 8 tokens, but they have 12; 'xla' takes any"):
         write_targets(one.batch, jnp.zeros((4, 12, 64)), 1, backend="tpu")
-    with pytest.raises(NotImplementedError, match="takes pages of float32, but they are bfloat16; 'xla' takes any"):
-        write_targets(one.batch, one.pool.astype(jnp.bfloat16), 1, backend="native")
+    with pytest.raises(NotImplementedError, match="takes pages of float32 or bfloat16, but they are float16; 'xla' takes any"):
+        write_targets(one.batch, one.pool.astype(jnp.float16), 1, backend="native")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_eight_devices(name: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"

@@ -14,8 +14,8 @@ from pjax.pallas_kernels.pages import check_rows
 
 def why_not(dtype: Any) -> str | None:
     """The reason why the kernel can't write such pages, or None."""
-    if jnp.dtype(dtype) != jnp.float32:
-        return f"takes pages of float32, but they are {jnp.dtype(dtype)}"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"takes pages of float32 or bfloat16, but they are {jnp.dtype(dtype)}"
     return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
 
 

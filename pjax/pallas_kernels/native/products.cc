@@ -9,88 +9,20 @@
 #include <new>
 #include <type_traits>
 
+#include "lanes.h"
 #include "threads.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-#define PJAX_INLINE inline __attribute__((always_inline))
-#define PJAX_UNROLL _Pragma("GCC unroll 8")
+using namespace pjax;
 
 constexpr int kOuts = 4;                       // rows of W in a tile
 constexpr int64_t kDepth = 1536;               // of `in` that one pass takes
 constexpr int64_t kNear = 80 << 10;            // bytes of x that stay in the second cache
 constexpr int64_t kPanel = 192 << 10;          // bytes of W, as float32, that stay there too
 constexpr int64_t kGrain = 96 << 10;           // bytes of W that a thread takes at a time, at least
-
-template <int W>
-struct Lanes {
-  typedef float F __attribute__((vector_size(4 * W)));
-  typedef uint32_t U __attribute__((vector_size(4 * W)));
-  typedef uint16_t H __attribute__((vector_size(2 * W)));
-};
-
-template <int W>
-PJAX_INLINE typename Lanes<W>::F Load(const float* p) {
-  typename Lanes<W>::F v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <int W>
-PJAX_INLINE typename Lanes<W>::F Load(const uint16_t* p) {
-  typename Lanes<W>::H v;
-  std::memcpy(&v, p, sizeof v);
-  return (typename Lanes<W>::F)(__builtin_convertvector(v, typename Lanes<W>::U) << 16);
-}
-
-PJAX_INLINE float Load1(const float* p) { return *p; }
-PJAX_INLINE float Load1(const uint16_t* p) {
-  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-// A value that the compiler holds in a register, and would otherwise load anew for each use.
-template <typename V>
-PJAX_INLINE V Held(V v) {
-#if defined(__x86_64__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
-  return v;
-}
-
-// The sums of four vectors, side by side.
-template <int W, int kStep, int kOffset, typename F, int64_t... I>
-PJAX_INLINE F Interleave(F a, F b, std::integer_sequence<int64_t, I...>) {
-  // Of each 2·kStep lanes, kStep of a and kStep of b, from kOffset on.
-  return __builtin_shufflevector(a, b, static_cast<int>((I & kStep ? W : 0) + (I & ~(2 * kStep - 1)) + (I & (kStep - 1)) + kOffset)...);
-}
-
-typedef float Four __attribute__((vector_size(16)));
-
-template <int W>
-PJAX_INLINE Four Fold(typename Lanes<W>::F v) {
-  if constexpr (W == 4) {
-    return v;
-  } else {
-    typename Lanes<W / 2>::F halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    return Fold<W / 2>(halves[0] + halves[1]);
-  }
-}
-
-template <int W, typename F = typename Lanes<W>::F>
-PJAX_INLINE Four SumEach(F a, F b, F c, F d) {
-  constexpr std::make_integer_sequence<int64_t, W> lanes;
-  F ab = Interleave<W, 1, 0>(a, b, lanes) + Interleave<W, 1, 1>(a, b, lanes);
-  F cd = Interleave<W, 1, 0>(c, d, lanes) + Interleave<W, 1, 1>(c, d, lanes);
-  return Fold<W>(Interleave<W, 2, 0>(ab, cd, lanes) + Interleave<W, 2, 2>(ab, cd, lanes));
-}
 
 // y[n][m] (+)= Σ_i w[m][i] · x[n][i] for kOuts rows of w and N rows of x.
 template <int W, int N, bool kFetch, typename T>
@@ -196,43 +128,22 @@ PJAX_INLINE void Panel(const Problem& p, int64_t first, int64_t last, float* scr
   }
 }
 
-// A version for each level of x86 in one library: wider vectors, more registers for sums.
-struct Level {
-  template <typename T>
-  using Run = void (*)(const Problem&, int64_t, int64_t, float*);
-  Run<float> f32;
-  Run<uint16_t> bf16;
-};
+using Run = void (*)(const Problem&, int64_t first, int64_t last, float* scratch);
 
-#if defined(__x86_64__)
-#define PJAX_LEVEL(name, target_name, W, N)                                                                                            \
-  __attribute__((target(target_name), flatten)) void name##F32(const Problem& p, int64_t first, int64_t last, float* scratch) {         \
-    Panel<W, N, float>(p, first, last, scratch);                                                                                        \
-  }                                                                                                                                     \
-  __attribute__((target(target_name), flatten)) void name##BF16(const Problem& p, int64_t first, int64_t last, float* scratch) {        \
-    Panel<W, N, uint16_t>(p, first, last, scratch);                                                                                     \
+#define PJAX_PANEL(name, attributes, W, N)                                                              \
+  template <typename T>                                                                                 \
+  attributes void name##Panel(const Problem& p, int64_t first, int64_t last, float* scratch) {          \
+    Panel<W, N, T>(p, first, last, scratch);                                                            \
   }
-PJAX_LEVEL(Avx512, "arch=x86-64-v4,prefer-vector-width=512", 16, 6)
-PJAX_LEVEL(Avx2, "arch=x86-64-v3", 8, 3)
-PJAX_LEVEL(Sse2, "arch=x86-64", 4, 3)
-const Level& Best() {
-  static const Level best = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-      return Level{Avx512F32, Avx512BF16};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return Level{Avx2F32, Avx2BF16};
-    return Level{Sse2F32, Sse2BF16};
-  }();
-  return best;
+PJAX_FOR_EACH_LEVEL(PJAX_PANEL)
+
+template <typename T>
+Run Best() {
+#define PJAX_CHOOSE(name, attributes, W, N) \
+  if (BestLevel() == Level::name) return name##Panel<T>;
+  PJAX_FOR_EACH_LEVEL(PJAX_CHOOSE)
+  return nullptr;
 }
-#else
-void PlainF32(const Problem& p, int64_t first, int64_t last, float* scratch) { Panel<4, 6, float>(p, first, last, scratch); }
-void PlainBF16(const Problem& p, int64_t first, int64_t last, float* scratch) { Panel<4, 6, uint16_t>(p, first, last, scratch); }
-const Level& Best() {
-  static const Level best{PlainF32, PlainBF16};
-  return best;
-}
-#endif
 
 struct Floats {
   explicit Floats(int64_t size) : data(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)))) {}
@@ -263,7 +174,8 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     for (int64_t i = 0; i < rows * depth; ++i) widened.data[i] = Load1(static_cast<const uint16_t*>(x.untyped_data()) + i);
   const Problem p{w.untyped_data(), x_is_wide ? static_cast<const float*>(x.untyped_data()) : widened.data, y->typed_data(), rows, outs, depth};
   const int64_t grain = Grain(p, is_wide ? 4 : 2, pool.num_threads());
-  const auto run = is_wide ? Best().f32 : Best().bf16;
+  static const Run f32 = Best<float>(), bf16 = Best<uint16_t>();
+  const Run run = is_wide ? f32 : bf16;
   pjax::Share(pool, (outs + grain - 1) / grain, [p, grain, run] {
     auto scratch = std::make_shared<Floats>(kPanel / 4 + kOuts * kDepth);
     return [p, grain, run, scratch](int64_t item) { run(p, item * grain, std::min(p.outs, (item + 1) * grain), scratch->data); };

@@ -47,7 +47,7 @@ def paged_attention(
       scale: multiplies the logits; H ** -0.5 by default.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
       logit_softcap: logits become `c · tanh(logits / c)`.
-      backend: "native" (CPU, float32), "tpu", "triton" (GPU), "mosaic_gpu" (Hopper), "xla" or "reference"; by default
+      backend: "native" (CPU, pages of float32 or bfloat16), "tpu", "triton" (GPU), "mosaic_gpu" (Hopper), "xla" or "reference"; by default
         what the environment's PJAX_ATTENTION_BACKEND says, else the fastest that takes these arguments on this platform.
 
     With PJAX_DEBUG=1 in the environment the batch's values are checked too (see `check_values`).

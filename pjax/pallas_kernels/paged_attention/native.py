@@ -15,16 +15,16 @@ HEAD_SIZES = (64, 80, 96, 112, 128, 256)
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
     """The reason why the kernel can't be used for these arguments, or None."""
-    if pages.dtype != jnp.float32 or q.shape[-1] not in HEAD_SIZES:
+    if pages.dtype not in (jnp.float32, jnp.bfloat16) or q.shape[-1] not in HEAD_SIZES:
         shown = ", ".join(map(str, HEAD_SIZES))
-        return f"takes pages of float32 and head sizes {shown}, but q is {q.dtype} of {q.shape[-1]} and pages are {pages.dtype}"
+        return f"takes pages of float32 or bfloat16 and head sizes {shown}, but q has heads of {q.shape[-1]} and pages are {pages.dtype}"
     return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
 
 
 def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
     """Attention of each packed token over its own sequence's pages, on CPUs. See `paged_attention` for arguments.
 
-    Pages of float32, head sizes of `HEAD_SIZES`. Padding gives zeros.
+    Pages of float32 or bfloat16, head sizes of `HEAD_SIZES`; computed in float32. Padding gives zeros.
     """
     call = jax.ffi.ffi_call(native.ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     out: jax.Array = call(

@@ -1,0 +1,102 @@
+// Vectors of W float32 lanes, in the compiler's own notation, and which W this machine takes.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define PJAX_INLINE inline __attribute__((always_inline))
+#define PJAX_UNROLL _Pragma("GCC unroll 8")
+
+namespace pjax {
+
+template <int W>
+struct Lanes {
+  typedef float F __attribute__((vector_size(4 * W)));
+  typedef uint32_t U __attribute__((vector_size(4 * W)));
+  typedef uint16_t H __attribute__((vector_size(2 * W)));
+};
+
+template <int W>
+PJAX_INLINE typename Lanes<W>::F Load(const float* p) {
+  typename Lanes<W>::F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <int W>
+PJAX_INLINE typename Lanes<W>::F Load(const uint16_t* p) {
+  typename Lanes<W>::H v;
+  std::memcpy(&v, p, sizeof v);
+  return (typename Lanes<W>::F)(__builtin_convertvector(v, typename Lanes<W>::U) << 16);
+}
+
+PJAX_INLINE float Load1(const float* p) { return *p; }
+PJAX_INLINE float Load1(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// A value that the compiler holds in a register, and would otherwise load anew for each use.
+template <typename V>
+PJAX_INLINE V Held(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+// The sums of four vectors, side by side.
+template <int W, int kStep, int kOffset, typename F, int64_t... I>
+PJAX_INLINE F Interleave(F a, F b, std::integer_sequence<int64_t, I...>) {
+  // Of each 2·kStep lanes, kStep of a and kStep of b, from kOffset on.
+  return __builtin_shufflevector(a, b, static_cast<int>((I & kStep ? W : 0) + (I & ~(2 * kStep - 1)) + (I & (kStep - 1)) + kOffset)...);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+template <int W>
+PJAX_INLINE Four Fold(typename Lanes<W>::F v) {
+  if constexpr (W == 4) {
+    return v;
+  } else {
+    typename Lanes<W / 2>::F halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return Fold<W / 2>(halves[0] + halves[1]);
+  }
+}
+
+template <int W, typename F = typename Lanes<W>::F>
+PJAX_INLINE Four SumEach(F a, F b, F c, F d) {
+  constexpr std::make_integer_sequence<int64_t, W> lanes;
+  F ab = Interleave<W, 1, 0>(a, b, lanes) + Interleave<W, 1, 1>(a, b, lanes);
+  F cd = Interleave<W, 1, 0>(c, d, lanes) + Interleave<W, 1, 1>(c, d, lanes);
+  return Fold<W>(Interleave<W, 2, 0>(ab, cd, lanes) + Interleave<W, 2, 2>(ab, cd, lanes));
+}
+
+// A function for each level of x86 in one library, each with all that it calls inlined: PJAX_FOR_EACH_LEVEL(DEFINE) is
+// DEFINE(name, attributes, W, N), N being the rows that share a load of four others, as many as the registers hold sums for.
+#if defined(__x86_64__)
+#define PJAX_FOR_EACH_LEVEL(DEFINE)                                                                         \
+  DEFINE(Avx512, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"), flatten)), 16, 6)          \
+  DEFINE(Avx2, __attribute__((target("arch=x86-64-v3"), flatten)), 8, 3)                                     \
+  DEFINE(Plain, __attribute__((flatten)), 4, 3)
+enum class Level { Plain, Avx2, Avx512 };
+inline Level BestLevel() {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return Level::Avx512;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? Level::Avx2 : Level::Plain;
+}
+#else
+#define PJAX_FOR_EACH_LEVEL(DEFINE) DEFINE(Plain, __attribute__((flatten)), 4, 6)
+enum class Level { Plain };
+inline Level BestLevel() { return Level::Plain; }
+#endif
+
+}  // namespace pjax
