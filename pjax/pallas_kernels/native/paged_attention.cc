@@ -160,8 +160,7 @@ PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_
   };
   add(std::integral_constant<int, kWide>());
   if constexpr (kWide > 4) add(std::integral_constant<int, 4>());
-  add(std::integral_constant<int, 2>());
-  add(std::integral_constant<int, 1>());
+  if constexpr (W > 4) add(std::integral_constant<int, 16 / W>());  // a head is a multiple of 16 numbers
 }
 
 // What an item accumulates, for the query rows of one of its KV heads: those of a token side by side.
