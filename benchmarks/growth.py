@@ -71,7 +71,7 @@ def measure(llm: Any, num_rows: int, context: int, rounds: int) -> float:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=num_out, ignore_eos=True), use_tqdm=False)
         return time.perf_counter() - started
 
-    seconds(STEPS)  # fills the prefix cache, compiles
+    seconds(STEPS)  # fills the prefix cache
     return statistics.median(num_rows * STEPS / (seconds(STEPS + 1) - seconds(1)) for _ in range(rounds))
 
 
@@ -131,7 +131,7 @@ def main() -> None:
         longest = max(context for _, context in points) + STEPS + 1
         most = max(rows for rows, _ in points)
         longest = min(-(-longest // 16) * 16, 8192)
-        llm = LLM(model, dtype=args.dtype, max_model_len=longest, max_num_seqs=most, lazy=True, progress=False)
+        llm = LLM(model, dtype=args.dtype, max_model_len=longest, max_num_seqs=most, progress=False)
         for num_rows, context in tqdm(points, desc=kind):
             context = min(context, longest - STEPS - 1)
             speed, most_speed = measure(llm, num_rows, context, args.rounds), bound(llm, machine, num_rows, context, args.dtype)
