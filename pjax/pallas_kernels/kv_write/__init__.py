@@ -6,20 +6,19 @@ rows, several in flight. On CPUs a native kernel writes each row in one pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 
 from pjax.pallas_kernels.kv_write import native
-from pjax.pallas_kernels.kv_write.native import NativeTargets
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
 from pjax.pallas_kernels.pages import check_rows, write_kv
 
 
 class WriteTargets(Protocol):
-    """`SlotTargets`; on a TPU `tpu.GroupTargets`, on a CPU `native.NativeTargets`."""
+    """`SlotTargets` or, on a TPU, `tpu.GroupTargets`."""
 
     def write(self, pages: jax.Array, keys: jax.Array, values: jax.Array, page_offset: int | jax.Array) -> jax.Array:
         """The pool with keys and values [T, K, H] of the packed tokens written, `page_offset` added to every page id."""
@@ -50,7 +49,7 @@ def write_targets(batch: RaggedBatch, pages: jax.Array, num_tokens: int, *, back
 
         return GroupTargets.of(batch, num_tokens, page_size=page_size, dtype=pages.dtype)
     slots = batch.token_slots(num_tokens, page_size, pages.shape[0] * page_size)
-    return NativeTargets(slots) if chosen == "native" and not reason else SlotTargets(slots)
+    return SlotTargets(slots, is_native=chosen == "native" and not reason)
 
 
 def _why_not(backend: str, page_size: int, dtype: Any) -> str | None:
@@ -64,11 +63,13 @@ def _why_not(backend: str, page_size: int, dtype: Any) -> str | None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotTargets:
-    """A slot for each token; XLA scatters."""
+    """A slot for each token; XLA scatters, or the native kernel writes."""
 
     slots: jax.Array  # int32 [T]; past the end of the pool for padding
+    is_native: bool = field(default=False, metadata={"static": True})
 
     def write(self, pages: jax.Array, keys: jax.Array, values: jax.Array, page_offset: int | jax.Array) -> jax.Array:
         """See `WriteTargets`."""
         check_rows(pages, keys, values, self.slots.shape[0])
-        return write_kv(pages, keys, values, self.slots + page_offset * pages.shape[1])
+        write = native.write_kv if self.is_native else write_kv
+        return write(pages, keys, values, self.slots + page_offset * pages.shape[1])

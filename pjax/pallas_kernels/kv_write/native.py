@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels import native
-from pjax.pallas_kernels.pages import check_rows
 
 
 def why_not(dtype: Any) -> str | None:
@@ -19,18 +17,10 @@ def why_not(dtype: Any) -> str | None:
     return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class NativeTargets:
-    """A slot for each token."""
-
-    slots: jax.Array  # int32 [T]; past the end of the pool for padding
-
-    def write(self, pages: jax.Array, keys: jax.Array, values: jax.Array, page_offset: int | jax.Array) -> jax.Array:
-        """See `kv_write.WriteTargets`."""
-        check_rows(pages, keys, values, self.slots.shape[0])
-        if keys.dtype != values.dtype or keys.dtype not in (jnp.float32, jnp.bfloat16):
-            keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-        call = jax.ffi.ffi_call(native.KV_WRITE, jax.ShapeDtypeStruct(pages.shape, pages.dtype), input_output_aliases={3: 0})
-        written: jax.Array = call(keys, values, self.slots + page_offset * pages.shape[1], pages)
-        return written
+def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """As `pjax.pallas_kernels.pages.write_kv`, for pages that `why_not` has nothing against."""
+    if keys.dtype != values.dtype or keys.dtype not in (jnp.float32, jnp.bfloat16):
+        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    call = jax.ffi.ffi_call(native.KV_WRITE, jax.ShapeDtypeStruct(pages.shape, pages.dtype), input_output_aliases={3: 0})
+    written: jax.Array = call(keys, values, slots, pages)
+    return written
