@@ -21,6 +21,7 @@ from pjax.pallas_kernels.kv_write import write_targets
 CASES = {
     "decode": ([(1, 1), (1, 5), (1, 64), (1, 65), (1, 200), (1, 17), (1, 129), (1, 2), (1, 31), (1, 300)], 10, 10),
     "one": ([(1, 77)], 1, 1),
+    "few": ([(1, 1000), (1, 33), (1, 70)], 3, 3),
     "prefill": ([(150, 150)], 160, 4),
     "chunk": ([(37, 190), (64, 64), (3, 258)], 128, 4),
     "mixed": ([(1, 40), (1, 3), (1, 129), (70, 70), (2, 2), (5, 140), (65, 201)], 160, 12),
@@ -52,6 +53,8 @@ FEATURES = [
     Feature("chunk", (4, 1, 256), 128, options={"scale": 0.3}),
     Feature("prefill", (2, 2, 96), 32),
     Feature("one", (8, 1, 112), 64, options={"logit_softcap": 5.0}),
+    Feature("few", (9, 3, 64), 16),
+    Feature("few", (4, 2, 128), 16, options={"sliding_window": 70}),
     Feature("padding", (4, 4, 128), 16),
     Feature("narrow", (4, 1, 128), 8, options={"sliding_window": 1}),
     Feature("mixed", (4, 2, 128), 16, "bfloat16"),

@@ -2,9 +2,11 @@
 //
 // The definition is reference.py's. Plain XLA (xla.py) has to copy each block of pages twice before a product can use
 // it; here keys and values are read where they lie. Flash accumulation (Dao et al. 2022, algorithm 1) over blocks of
-// keys. Work is cut into items, decode rows and tiles of prefill queries, that XLA's own threads take in turn.
+// keys. Work is cut into items, decode rows and tiles of prefill queries, that XLA's own threads take in turn; where decode
+// rows are fewer than threads need, each is cut along its keys too (Flash-Decoding, Dao et al. 2023).
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,6 +26,7 @@ using namespace pjax;
 constexpr int kBlock = 64;      // keys that one flash step takes
 constexpr int kQueryTile = 16;  // query tokens of a prefill item
 constexpr int kKeys = 4;        // keys of a tile of products
+constexpr int kLeastPart = 32;  // keys, of a decode row that is cut
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -36,11 +39,15 @@ struct Problem {
   int64_t num_pages, page_size, table_width, num_heads, num_kv_heads, head_size;
   float scale, softcap;       // softcap 0: none
   int64_t window;             // 0: none
+  int64_t most_parts;         // that a decode row's keys are cut into
+  float* parts;               // [decode tokens, most_parts, N·(H + 2)] where that is more than one: sums of Rows
+  std::atomic<int32_t>* left; // [decode tokens] parts that are not done
 };
 
-// Query tokens [first, first + count) of one row, for KV heads [kv_head, kv_head + num_kv_heads).
+// Query tokens [first, first + count) of one row, for KV heads [kv_head, kv_head + num_kv_heads), and of the keys that they
+// see part `part` of `parts`.
 struct Item {
-  int32_t row, first, count, kv_head, num_kv_heads;
+  int32_t row, first, count, kv_head, num_kv_heads, part, parts;
 };
 
 // e^x for x <= 0 within 2 units in the last place, in a form that compilers vectorise (Cody and Waite's reduction).
@@ -91,6 +98,13 @@ struct Slots {
   int count;
 };
 
+// Keys or values of one head and one block, and those that come after them, which decode fetches meanwhile.
+template <typename T>
+struct Strip {
+  const T *const *row, *const *next_row;
+  int64_t offset, next_offset;
+};
+
 template <typename T>
 PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int count, Slots<T>* slots) {
   const int64_t width = 2 * p.num_kv_heads * p.head_size;
@@ -106,7 +120,7 @@ PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int
 
 // logits[r][j] = q[r] · key j for R query rows and, at least, j in [low, high).
 template <int W, int R, bool kFetch, typename T>
-PJAX_INLINE void Score(const float* q, int64_t head_size, const Slots<T>& slots, const Slots<T>& next, int64_t offset, int low, int high,
+PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip, int low, int high,
                        float (*logits)[kBlock]) {
   using F = typename Lanes<W>::F;
   for (int j = low / kKeys * kKeys; j < high; j += kKeys) {
@@ -115,8 +129,8 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Slots<T>& slots,
       F factors[R];
       PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(Load<W>(q + r * head_size + h));
       PJAX_UNROLL for (int k = 0; k < kKeys; ++k) {
-        if constexpr (kFetch) __builtin_prefetch(next.row[j + k] + offset + h);
-        const F key = Held(Load<W>(slots.row[j + k] + offset + h));
+        if constexpr (kFetch) __builtin_prefetch(strip.next_row[j + k] + strip.next_offset + h);
+        const F key = Held(Load<W>(strip.row[j + k] + strip.offset + h));
         PJAX_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += key * factors[r];
       }
     }
@@ -129,8 +143,7 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Slots<T>& slots,
 
 // acc[r] = acc[r] · shrink[r] + Σ_j weights[r][j] · value j for R query rows and V vectors of the head, from h on.
 template <int W, int R, int V, bool kFetch, typename T>
-PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Slots<T>& slots, const Slots<T>& next,
-                         int64_t offset, int low, int high, int64_t h, float* acc) {
+PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, int64_t h, float* acc) {
   using F = typename Lanes<W>::F;
   F sum[R][V];
   PJAX_UNROLL for (int r = 0; r < R; ++r)
@@ -139,8 +152,8 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
     F factors[R];
     PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(F{} + weights[r][j]);
     PJAX_UNROLL for (int v = 0; v < V; ++v) {
-      if constexpr (kFetch) __builtin_prefetch(next.row[j] + offset + h + v * W);
-      const F value = Held(Load<W>(slots.row[j] + offset + h + v * W));
+      if constexpr (kFetch) __builtin_prefetch(strip.next_row[j] + strip.next_offset + h + v * W);
+      const F value = Held(Load<W>(strip.row[j] + strip.offset + h + v * W));
       PJAX_UNROLL for (int r = 0; r < R; ++r) sum[r][v] += value * factors[r];
     }
   }
@@ -150,13 +163,12 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
 
 // The same for the whole head.
 template <int W, int R, bool kFetch, typename T>
-PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Slots<T>& slots, const Slots<T>& next,
-                     int64_t offset, int low, int high, float* acc) {
+PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, float* acc) {
   constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
   int64_t h = 0;
   auto add = [&](auto vectors) __attribute__((always_inline)) {
     for (; h + vectors() * W <= head_size; h += vectors() * W)
-      AddSome<W, R, vectors(), kFetch>(weights, shrink, head_size, slots, next, offset, low, high, h, acc);
+      AddSome<W, R, vectors(), kFetch>(weights, shrink, head_size, strip, low, high, h, acc);
   };
   add(std::integral_constant<int, kWide>());
   if constexpr (kWide > 4) add(std::integral_constant<int, 4>());
@@ -170,19 +182,34 @@ struct Rows {
 
 // One flash step of the query rows [m, m + R) and one KV head.
 template <int W, int R, bool kFetch, typename T>
-PJAX_INLINE void Step(const Problem& p, const Rows& rows, const Slots<T>& slots, const Slots<T>& next, int64_t kv_head, const int* low, const int* high, int m) {
+PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, const int* low, const int* high, int m) {
   const int first = *std::min_element(low + m, low + m + R), last = *std::max_element(high + m, high + m + R);
   if (last == 0) return;
   alignas(64) float logits[R][kBlock];
   float shrink[R];
-  const int64_t size = p.head_size, keys = kv_head * size, values = keys + p.num_kv_heads * size;
-  Score<W, R, kFetch>(rows.q + m * size, size, slots, next, keys, first, last, logits);
+  const int64_t size = p.head_size, values = p.num_kv_heads * size;
+  Score<W, R, kFetch>(rows.q + m * size, size, strip, first, last, logits);
   for (int r = 0; r < R; ++r)
     shrink[r] = Soften(logits[r], low[m + r], high[m + r], p.softcap, &rows.top[m + r], &rows.total[m + r]);
-  Add<W, R, kFetch>(logits, shrink, size, slots, next, values, first, last, rows.acc + m * size);
+  strip.offset += values, strip.next_offset += values;
+  Add<W, R, kFetch>(logits, shrink, size, strip, first, last, rows.acc + m * size);
 }
 
-// All of an item. Scratch holds its queries and accumulators.
+// out[h] of query row m of `all`, from the sums of all parts.
+PJAX_INLINE void Merge(const float* parts, int64_t sums, int num_parts, int64_t m, int64_t all, int64_t size, float* out) {
+  const float* top = parts + all * size + m;
+  float most = kMasked, total = 0;
+  for (int i = 0; i < num_parts; ++i) most = std::max(most, top[i * sums]);
+  auto weight = [&](int i) { return top[i * sums] == kMasked ? 0.0f : Exp(top[i * sums] - most); };
+  for (int i = 0; i < num_parts; ++i) total += weight(i) * top[i * sums + all];
+  std::fill(out, out + size, 0.0f);
+  for (int i = 0; i < num_parts; ++i) {
+    const float factor = total > 0 ? weight(i) / total : 0.0f, *acc = parts + i * sums + m * size;
+    for (int64_t h = 0; h < size; ++h) out[h] += acc[h] * factor;
+  }
+}
+
+// All of an item. Scratch holds its queries, and its sums where it is no part.
 template <int W, int N, bool kDecode, typename T>
 PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scratch) {
   const int64_t ratio = p.num_heads / p.num_kv_heads, size = p.head_size;
@@ -193,8 +220,13 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
   const int64_t last = position + item.count;            // keys [0, last) are visible to some query
   const int64_t begin = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) / kBlock * kBlock : 0;
 
-  scratch.assign(static_cast<size_t>(all) * (2 * size + 2), 0.0f);
-  float *q = scratch.data(), *acc = q + all * size, *top = acc + all * size, *total = top + all;
+  const int64_t piece = (last - begin + 4 * item.parts - 1) / (4 * item.parts) * 4;  // keys of this part: [from, to)
+  const int64_t from = begin + item.part * piece, to = std::min(last, from + piece);
+
+  const int64_t sums = all * (size + 2);  // numbers of a part
+  scratch.resize(all * size + sums);
+  float* parts = item.parts == 1 ? scratch.data() + all * size : p.parts + item.first * p.most_parts * sums;
+  float *q = scratch.data(), *acc = parts + item.part * sums, *top = acc + all * size, *total = top + all;
   auto of_head = [&](int k) { return Rows{q + k * rows * size, acc + k * rows * size, top + k * rows, total + k * rows}; };
   auto place = [&](int k, int m) {  // of a query row in q and out
     return ((item.first + m / ratio) * p.num_heads + (item.kv_head + k) * ratio + m % ratio) * size;
@@ -204,27 +236,32 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
       const float* source = p.q + place(k, m);
       for (int64_t h = 0; h < size; ++h) q[(k * rows + m) * size + h] = source[h] * p.scale;
     }
+  std::fill(acc, acc + sums, 0.0f);
   std::fill(top, top + all, kMasked);
 
   std::vector<int> bounds(2 * rows);  // the keys of a block that a query row sees: [low, high)
   int *low = bounds.data(), *high = low + rows;
   Slots<T> slots[2];
-  auto find = [&](int64_t first) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kBlock, last - first)), &slots[first / kBlock % 2]); };
-  find(begin);
-  for (int64_t first = begin; first < last; first += kBlock) {
-    const Slots<T>& now = slots[first / kBlock % 2];
-    const bool is_last = first + kBlock >= last;
-    if (!is_last) find(first + kBlock);
-    const Slots<T>& next = slots[is_last ? first / kBlock % 2 : (first / kBlock + 1) % 2];
+  int turn = 0;
+  auto find = [&](int64_t first, Slots<T>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), found); };
+  if (from < to) find(from, &slots[0]);
+  for (int64_t first = from; first < to; first += kBlock, turn ^= 1) {
+    const Slots<T>& now = slots[turn];
+    const bool is_last = first + kBlock >= to;
+    if (!is_last) find(first + kBlock, &slots[turn ^ 1]);
+    const Slots<T>& next = slots[is_last ? turn : turn ^ 1];
     for (int m = 0; m < rows; ++m) {
       const int64_t seen = position + m / ratio + 1 - first;
       high[m] = static_cast<int>(std::clamp<int64_t>(seen, 0, now.count));
       low[m] = p.window > 0 ? static_cast<int>(std::clamp<int64_t>(seen - p.window, 0, high[m])) : 0;
     }
     for (int k = 0; k < item.num_kv_heads; ++k) {
+      const bool is_next_head = k + 1 < item.num_kv_heads;
+      const int64_t offset = (item.kv_head + k) * size;
+      const Strip<T> strip{now.row, is_next_head ? now.row : next.row, offset, is_next_head ? offset + size : item.kv_head * size};
       int m = 0;
       auto step = [&](auto count) __attribute__((always_inline)) {
-        for (; m + count() <= rows; m += count()) Step<W, count(), kDecode>(p, of_head(k), now, next, item.kv_head + k, low, high, m);
+        for (; m + count() <= rows; m += count()) Step<W, count(), kDecode>(p, of_head(k), strip, low, high, m);
       };
       step(std::integral_constant<int, N>());
       if constexpr (N > 3) step(std::integral_constant<int, 3>());
@@ -233,12 +270,9 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
     }
   }
 
-  for (int k = 0; k < item.num_kv_heads; ++k)
-    for (int m = 0; m < rows; ++m) {
-      float* target = p.out + place(k, m);
-      const float sum = total[k * rows + m], factor = sum > 0 ? 1.0f / sum : 0.0f;
-      for (int64_t h = 0; h < size; ++h) target[h] = acc[(k * rows + m) * size + h] * factor;
-    }
+  if (item.parts > 1 && p.left[item.first].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  for (int k = 0; k < item.num_kv_heads; ++k)  // whoever is last brings the parts together
+    for (int m = 0; m < rows; ++m) Merge(parts, sums, item.parts, k * rows + m, all, size, p.out + place(k, m));
 }
 
 using Work = void (*)(const Problem&, const Item&, std::vector<float>&);
@@ -261,20 +295,33 @@ Work Best() {
 struct Plan {
   Problem problem;
   std::vector<Item> items;
+  std::vector<float> parts;
+  std::unique_ptr<std::atomic<int32_t>[]> left;
 };
 
-// Decode rows are items whole, since a token's heads lie side by side; by KV head where threads would have none.
-std::vector<Item> MakeItems(const Problem& p, int64_t num_rows, int64_t num_tokens, int64_t num_threads) {
-  std::vector<Item> items;
-  const int32_t heads = static_cast<int32_t>(p.num_kv_heads), together = num_tokens < 2 * num_threads ? 1 : heads;
+// Decode rows are items whole, since a token's heads lie side by side; cut along their keys where threads would have none.
+void MakeItems(Plan* plan, int64_t num_rows, int64_t num_tokens, int64_t num_threads) {
+  Problem& p = plan->problem;
+  const int32_t heads = static_cast<int32_t>(p.num_kv_heads);
+  p.most_parts = num_tokens >= 2 * num_threads ? 1 : num_threads % num_tokens == 0 ? num_threads / num_tokens : (2 * num_threads + num_tokens - 1) / num_tokens;
+  if (p.most_parts > 1) {
+    plan->parts.resize(num_tokens * p.most_parts * p.num_heads * (p.head_size + 2));
+    plan->left.reset(new std::atomic<int32_t>[num_tokens]);
+    p.parts = plan->parts.data();
+    p.left = plan->left.get();
+  }
   for (int32_t row = 0; row < num_rows; ++row) {
     const int32_t start = p.row_starts[row], end = std::min<int32_t>(p.row_starts[row + 1], num_tokens);
-    for (int32_t k = 0; end - start == 1 && k < heads; k += together) items.push_back({row, start, 1, k, together});
+    if (end - start == 1) {
+      const int64_t keys = p.window > 0 ? std::min<int64_t>(p.window, p.kv_lens[row]) : p.kv_lens[row];
+      const int32_t parts = static_cast<int32_t>(std::clamp<int64_t>(keys / kLeastPart, 1, p.most_parts));
+      if (parts > 1) p.left[start] = parts;
+      for (int32_t part = 0; part < parts; ++part) plan->items.push_back({row, start, 1, 0, heads, part, parts});
+    }
     if (end - start < 2) continue;
     for (int32_t first = start; first < end; first += kQueryTile)
-      for (int32_t k = 0; k < heads; ++k) items.push_back({row, first, std::min(kQueryTile, end - first), k, 1});
+      for (int32_t k = 0; k < heads; ++k) plan->items.push_back({row, first, std::min(kQueryTile, end - first), k, 1, 0, 1});
   }
-  return items;
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> row_starts,
@@ -289,8 +336,8 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   const Work work = is_wide ? f32 : bf16;
   auto plan = std::make_shared<Plan>();
   plan->problem = {q.typed_data(), pages.untyped_data(), row_starts.typed_data(), kv_lens.typed_data(), tables.typed_data(),
-                   out->typed_data(), page_shape[0], page_shape[1], table_shape[1], q_shape[1], num_kv_heads, q_shape[2], scale, softcap, window};
-  plan->items = MakeItems(plan->problem, num_rows, num_tokens, pool.num_threads());
+                   out->typed_data(), page_shape[0], page_shape[1], table_shape[1], q_shape[1], num_kv_heads, q_shape[2], scale, softcap, window, 1, nullptr, nullptr};
+  MakeItems(plan.get(), num_rows, num_tokens, pool.num_threads());
   const int64_t used = std::clamp<int64_t>(row_starts.typed_data()[num_rows], 0, num_tokens), row = q_shape[1] * q_shape[2];
   std::memset(out->typed_data() + used * row, 0, sizeof(float) * (num_tokens - used) * row);
 
