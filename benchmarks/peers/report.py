@@ -82,7 +82,7 @@ def plot(figures: dict[str, Figures], path: Path) -> None:
 
     fig, axes = pyplot.subplots(len(figures), 1, figsize=(9, 3.2 * len(figures)), squeeze=False)
     for axis, (dtype, works) in zip(axes[:, 0], figures.items(), strict=True):
-        works = {name: row for name, row in works.items() if not name.startswith("start")}
+        works = {name: row for name, row in works.items() if len(row) > 1 and not name.startswith("start")}
         engines = list(dict.fromkeys(engine for row in works.values() for engine in row))
         for index, engine in enumerate(engines):
             heights, places = [], []

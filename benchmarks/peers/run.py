@@ -4,7 +4,8 @@
     python -m benchmarks.peers.run --folder .peers --rounds 5
 
 Each engine is a process; all but the one that is measured are stopped by a signal. A run in which other programs took more than
---quiet cores is thrown away and done again. Greedy tokens are compared with transformers'.
+--quiet cores is thrown away and done again. Greedy tokens are compared with transformers', which runs once: it takes as long as
+all the others. pjax alone has longer workloads too.
 """
 
 from __future__ import annotations
@@ -72,6 +73,20 @@ def works(vocab: int) -> list[Work]:
     ]
 
 
+def long_works(vocab: int) -> list[Work]:
+    """What pjax has for itself."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, vocab, 4096).tolist() for _ in range(4)]
+    batch = many(256, vocab)
+    return [
+        Work("4 prompts of 4,096 + 64", prompts, [64] * 4, ("pjax",)),
+        Work("256 requests", batch.prompts, batch.num_out, ("pjax",)),
+    ]
+
+
+LONG_SIZES = {"PEERS_MAX_SEQS": "256", "PEERS_MAX_LEN": "8192"}
+
+
 @dataclass
 class Engine:
     """A worker; stopped but for its own turns."""
@@ -121,9 +136,10 @@ def command_of(name: str, folder: Path, dtype: str) -> tuple[list[str], dict[str
     return [python, str(HERE / "worker.py"), name, str(folder / model), dtype], env
 
 
-def start(name: str, folder: Path, dtype: str) -> Engine:
+def start(name: str, folder: Path, dtype: str, sizes: dict[str, str] | None = None) -> Engine:
     """A worker that is ready, and what its process took from its start to one token."""
     command, env = command_of(name, folder, dtype)
+    env |= sizes or {}
     started = time.perf_counter()
     with (folder / f"{name}-{dtype}.log").open("w") as log:
         process = subprocess.Popen(
@@ -159,9 +175,12 @@ def compare(engines: dict[str, Engine], work: Work, rounds: int, quiet: float) -
     """Speeds of each engine, in turns, and how far its greedy tokens are transformers'."""
     found: dict[str, Row] = {name: {"speeds": [], "thrown": 0} for name in work.engines if name in engines}
     for name in found:
-        measure(engines[name], work)  # compiles
-    for _ in range(rounds):
+        if name != "transformers":
+            measure(engines[name], work)  # compiles
+    for done in range(rounds):
         for name, row in found.items():
+            if name == "transformers" and done:
+                continue
             for _ in range(20):
                 answer, others = measure(engines[name], work)
                 if others <= quiet:
@@ -181,6 +200,51 @@ def compare(engines: dict[str, Engine], work: Work, rounds: int, quiet: float) -
     return found
 
 
+def start_all(names: list[str], folder: Path, dtype: str, times: int) -> dict[str, Engine]:
+    """A worker of each, stopped; started so many times before."""
+    engines: dict[str, Engine] = {}
+    try:
+        for name in names:
+            starts: list[float] = []
+            for _ in range(times):
+                if name in engines:
+                    engines.pop(name).signal(signal.SIGKILL)
+                engines[name] = start(name, folder, dtype)
+                starts += engines[name].starts
+            engines[name].starts = starts
+            engines[name].signal(signal.SIGSTOP)
+    except BaseException:
+        end_all(engines)
+        raise
+    return engines
+
+
+def end_all(engines: dict[str, Engine]) -> None:
+    """Workers that are stopped would stay for ever."""
+    for engine in engines.values():
+        engine.signal(signal.SIGKILL)
+
+
+def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> dict[str, dict[str, Row]]:
+    """Each workload's, by its name."""
+    names = [name for name in args.engines if dtype == "float32" or name != "ctranslate2"]  # its weights are float32
+    engines = start_all(names, args.folder, dtype, args.starts)
+    try:
+        figures = {work.name: compare(engines, work, args.rounds, args.quiet) for work in works(vocab)}
+    finally:
+        end_all(engines)
+    figures["start to first token, s"] = {
+        name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()
+    }
+    if "pjax" in args.engines:
+        alone = {"pjax": start("pjax", args.folder, dtype, LONG_SIZES)}
+        try:
+            figures |= {work.name: compare(alone, work, 1, args.quiet) for work in long_works(vocab)}
+        finally:
+            end_all(alone)
+    return figures
+
+
 def main() -> None:
     """Runs all and writes a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,32 +257,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the report (default: %(default)s)")
     args = parser.parse_args()
     vocab = json.loads((args.folder / "float32" / "config.json").read_text())["vocab_size"]
-    figures: dict[str, Any] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # else workers that are stopped would stay for ever
-    for dtype in args.dtypes:
-        engines: dict[str, Engine] = {}
-        try:
-            for name in args.engines:
-                if dtype == "bfloat16" and name == "ctranslate2":
-                    continue  # its weights are float32
-                starts = []
-                for _ in range(args.starts):
-                    if name in engines:
-                        engines.pop(name).signal(signal.SIGKILL)
-                    engines[name] = start(name, args.folder, dtype)
-                    starts += engines[name].starts
-                engines[name].starts = starts
-                engines[name].signal(signal.SIGSTOP)
-            figures[dtype] = {work.name: compare(engines, work, args.rounds, args.quiet) for work in works(vocab)}
-            figures[dtype]["start to first token, s"] = {
-                name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()
-            }
-        finally:
-            for engine in engines.values():
-                engine.signal(signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that workers are ended too
     from benchmarks.peers.report import write_report
 
-    print(write_report(figures, args.folder, args.out, " ".join(sys.argv[1:])))
+    figures: dict[str, Any] = {}
+    for dtype in args.dtypes:
+        figures[dtype] = figures_of(dtype, vocab, args)
+        print(write_report(figures, args.folder, args.out, " ".join(sys.argv[1:])))
 
 
 if __name__ == "__main__":
