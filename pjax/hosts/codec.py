@@ -38,6 +38,6 @@ def decode(data: bytes) -> tuple[str, dict[str, Any], dict[str, npt.NDArray[Any]
             count = int(np.prod(shape, dtype=np.int64))
             arrays[name] = np.frombuffer(data, made, count, start).reshape(shape)
             start += count * made.itemsize
-    except (struct.error, KeyError, TypeError, ValueError) as error:
+    except (struct.error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{len(data)} bytes are no message of pjax: {error}") from error
     return kind, head, arrays

@@ -1,7 +1,7 @@
 """The hosts of one instance once they have met: they agree on settings, hear rank 0's messages in their order, and end together.
 
-    join ─ agree … ─ ready ─ send / receive … ─ close          every host ends with status 0
-                 any host lost, or failed                      every host ends with status 1 within seconds, saying why
+    connect … all_here ─ agree … ─ ready ─ send / receive … ─ close          every host ends with status 0
+                             any host lost, or failed                        every host ends with status 1 within seconds, saying why
 
 A process may hang in a collective when another is lost. So its links' threads end it, whatever the main thread does.
 """
@@ -47,6 +47,7 @@ class Group:
         self._links: dict[int, Link] = {}
         self._inbox: queue.SimpleQueue[tuple[int, str, dict[str, Any], Arrays]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._gathering = place.rank == 0  # a host that leaves before all are here may come again
         self._tell_clients: Callable[[str], None] | None = None
         self._announcing = False
         self._interrupt: BaseException | None = None
@@ -57,17 +58,29 @@ class Group:
     # ---- start
 
     def connect(self, rank: int, connection: Connection, address: str) -> None:
-        """Adds the link to another rank."""
+        """Adds the link to another rank, which hears from now on that this one lives. What one of its number said before is forgotten."""
 
         def take(data: bytes) -> None:
             self._take(rank, *decode(data))
 
-        self._links[rank] = Link(connection, address, take, lambda why: self._lost(rank, why))
+        kept = [self._inbox.get() for _ in range(self._inbox.qsize())]
+        for message in kept:
+            if message[0] != rank:
+                self._inbox.put(message)
+        with self._lock:
+            link = self._links[rank] = Link(connection, address, take, lambda why: self._lost(rank, why))
+        link.start()
 
-    def start(self) -> None:
-        """Starts to listen and to watch."""
-        for link in list(self._links.values()):
-            link.start()
+    def addresses(self) -> dict[int, str]:
+        """Of the ranks that are connected."""
+        with self._lock:
+            return {rank: link.address for rank, link in self._links.items()}
+
+    def all_here(self) -> bool:
+        """Whether every rank is connected; from then on the loss of one is the end of all."""
+        with self._lock:
+            self._gathering = self._gathering and len(self._links) < self.size - 1
+            return not self._gathering
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Compares what every host says of itself, each thing by its name. ConfigError on every host that names who differs."""
@@ -175,11 +188,15 @@ class Group:
 
     def refuse(self, error: BaseException) -> None:
         """This host can't start: ends the others. The error is the caller's to raise; whenever the process ends, its status is 1."""
+        self.dismiss(f"rank {self.rank} can't start: {type(error).__name__}: {error}")
+
+    def dismiss(self, message: str) -> None:
+        """Ends the others, for this reason."""
         with self._lock:
             if self.error is not None or self._closed:
                 return
-            self.error = f"rank {self.rank} can't start: {type(error).__name__}: {error}"
-        self._tell_others(self.error)
+            self.error = message
+        self._tell_others(message)
         for link in self._links.values():
             link.close(1.0)
 
@@ -221,11 +238,19 @@ class Group:
             self._inbox.put((rank, kind, head, arrays))
 
     def _lost(self, rank: int, why: str) -> None:
+        with self._lock:
+            address = self._links[rank].address
+            if self._gathering:
+                del self._links[rank]
+                log.warning("rank %d at %s has left (%s) before all hosts were here; it may come again", rank, address, why)
+                return
         if rank not in self._byes and not self._closed:
-            self._end(f"rank {rank} at {self._links[rank].address} is lost: {why}")
+            self._end(f"rank {rank} at {address} is lost: {why}")
 
     def _tell_others(self, message: str) -> None:
-        for link in self._links.values():
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
             link.send(encode("lost", {"message": message}))
 
     def _end(self, message: str) -> None:

@@ -28,13 +28,10 @@ def join(place: Place) -> Group:
     group = Group(place)
     if place.rank == 0:
         with listen(place) as listener:
-            found = _gather(place, listener)
-        for rank, (connection, address) in found.items():
-            group.connect(rank, connection, address)
+            _gather(group, listener)
     else:
         connection, address = _reach(place)
         group.connect(0, connection, address)
-    group.start()
     return group
 
 
@@ -48,17 +45,18 @@ def listen(place: Place) -> socket.socket:
         raise ConfigError(f"master_port {place.port} can't be taken by rank 0: {error.strerror or error}") from error
 
 
-def _gather(place: Place, listener: socket.socket) -> dict[int, tuple[Connection, str]]:
-    """Connection and address of every other rank."""
+def _gather(group: Group, listener: socket.socket) -> None:
+    """Connects every other rank as it comes."""
+    place = group.place
     log.info("rank 0 waits at port %d for %d other hosts", place.port, place.size - 1)
     comers: queue.SimpleQueue[Comer] = queue.SimpleQueue()
-    found: dict[int, tuple[Connection, str]] = {}
     deadline = time.monotonic() + place.timeout
     listener.settimeout(AGAIN)
     try:
-        while len(found) < place.size - 1:
+        while not group.all_here():
             if time.monotonic() > deadline:
-                missing = [str(rank) for rank in range(1, place.size) if rank not in found]
+                here = group.addresses()
+                missing = [str(rank) for rank in range(1, place.size) if rank not in here]
                 shown = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(missing)} have"
                 raise ConfigError(f"nnodes is {place.size}, but {shown} not come to {place.leader} in {place.timeout:g} seconds")
             with contextlib.suppress(TimeoutError):
@@ -66,12 +64,10 @@ def _gather(place: Place, listener: socket.socket) -> dict[int, tuple[Connection
                 # In a thread: a stranger who says nothing, a port scanner say, keeps nobody waiting.
                 threading.Thread(target=_greet, args=(sock, address[0], place, comers), daemon=True).start()
             while not comers.empty():
-                _take(place, comers.get(), found)
+                _take(group, comers.get())
     except BaseException as error:
-        for connection, _ in found.values():
-            _refuse(connection, str(error))
+        group.dismiss(str(error))
         raise
-    return found
 
 
 def _greet(sock: socket.socket, address: str, place: Place, comers: queue.SimpleQueue[Comer]) -> None:
@@ -88,26 +84,22 @@ def _greet(sock: socket.socket, address: str, place: Place, comers: queue.Simple
         log.warning("%s was turned away: %s", address, error or "it left")
 
 
-def _take(place: Place, comer: Comer, found: dict[int, tuple[Connection, str]]) -> None:
+def _take(group: Group, comer: Comer) -> None:
     rank, size, connection, address = comer
-    message = None
+    place, here, message = group.place, group.addresses(), None
     if size != place.size:
         message = f"rank {rank} at {address} has nnodes {size}, rank 0 has {place.size}"
     elif not 0 < rank < place.size:
         message = f"{address} has node_rank {rank}, but must be in [1, {place.size})"
-    elif rank in found:
-        message = f"node_rank {rank} was given to two hosts: {found[rank][1]} and {address}"
+    elif rank in here:
+        message = f"node_rank {rank} was given to two hosts: {here[rank]} and {address}"
     if message is not None:
-        _refuse(connection, message)
+        with contextlib.suppress(OSError):
+            connection.send_bytes(encode("lost", {"message": message}))
+            connection.close()
         raise ConfigError(message)
-    found[rank] = connection, address
-    log.info("rank %d came from %s: %d of %d hosts", rank, address, len(found) + 1, place.size)
-
-
-def _refuse(connection: Connection, message: str) -> None:
-    with contextlib.suppress(OSError):
-        connection.send_bytes(encode("lost", {"message": message}))
-        connection.close()
+    group.connect(rank, connection, address)
+    log.info("rank %d came from %s: %d of %d hosts", rank, address, len(here) + 2, place.size)
 
 
 def _reach(place: Place) -> tuple[Connection, str]:

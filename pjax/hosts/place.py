@@ -25,10 +25,10 @@ LAUNCHERS = (
     Launcher(name="LeaderWorkerSet", rank="LWS_WORKER_INDEX", size="LWS_GROUP_SIZE", address="LWS_LEADER_ADDRESS"),
     Launcher(name="GKE's TPU webhook", rank="TPU_WORKER_ID", size=None, address="TPU_WORKER_HOSTNAMES"),
     Launcher(name="an Indexed Job", rank="JOB_COMPLETION_INDEX"),
-    Launcher(name="Slurm", rank="SLURM_PROCID", size="SLURM_NTASKS", address="SLURM_STEP_NODELIST"),
     Launcher(name="Open MPI", rank="OMPI_COMM_WORLD_RANK", size="OMPI_COMM_WORLD_SIZE"),
+    Launcher(name="Slurm", rank="SLURM_PROCID", size="SLURM_NTASKS", address="SLURM_STEP_NODELIST"),
 )
-"""In the order in which they are looked for: a pod of a LeaderWorkerSet on TPUs has two of them."""
+"""In the order in which they are looked for: a pod of a LeaderWorkerSet on TPUs has two of them, and so has mpirun under Slurm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Place:
     @property
     def leader(self) -> str:
         """Where rank 0 listens, for messages."""
-        return f"{self.address}:{self.port}"
+        return join_port(self.address, self.port)
 
 
 def find_place(config: EngineConfig, environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -70,6 +70,11 @@ def find_place(config: EngineConfig, environment: Mapping[str, str] = os.environ
         raise ConfigError(f"nnodes is {config.nnodes}, but master_addr, the name or address of rank 0, is not given")
     key = (config.master_key or "pjax").encode()
     return Place(rank=rank, size=config.nnodes, address=address, port=config.master_port, key=key, timeout=config.start_timeout)
+
+
+def join_port(address: str, port: int) -> str:
+    """As URLs and gRPC have it: an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def first_host(hosts: str) -> str:

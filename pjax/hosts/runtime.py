@@ -13,6 +13,7 @@ import jax
 
 from pjax.errors import ConfigError
 from pjax.hosts.group import Group
+from pjax.hosts.place import join_port
 
 HEARTBEAT = 3600  # seconds after which JAX gives a host up, and aborts: the links take a few, and no pause of a whole machine for a loss
 SHUTDOWN = 5  # seconds that JAX waits for hosts to leave together
@@ -32,7 +33,7 @@ def start(group: Group) -> None:
     guard_aborts(group)
     try:
         jax.distributed.initialize(
-            f"{group.place.address}:{port}",
+            join_port(group.place.address, port),
             group.size,
             group.rank,
             cluster_detection_method="deactivate",  # under Slurm it would leave a process one device

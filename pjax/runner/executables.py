@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import platform
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ MAX_KEPT = 256  # files; those used longest ago go
 
 def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
     """Whether a step follows from what `Executables` knows: on one CPU device (others were not tried), and from pjax's code alone."""
-    root: Any = model.graph.nodes[0]
-    own_code = root.type.__module__.startswith("pjax.") and not config.logits_processors
+    types = [getattr(node, "type", None) for node in model.graph.nodes]  # of modules and variables; arrays have none
+    own_code = not config.logits_processors and all(one is None or one.__module__.partition(".")[0] in ("pjax", "flax") for one in types)
     return platform == "cpu" and model.shares is None and own_code
 
 
@@ -63,7 +64,7 @@ class Executables:
         return compiled
 
     def _save(self, path: Path, compiled: Any) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))

@@ -18,15 +18,17 @@ import pytest
 
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
-from pjax.hosts import facts, link, place
+from pjax.hosts import facts, group, link, place
 from pjax.hosts.codec import decode, encode
-from pjax.hosts.group import disagreement
+from pjax.hosts.group import Group, disagreement
+from pjax.hosts.join import _reach, join
 from pjax.hosts.link import Link, secure
 from pjax.params import LogitRules
 from pjax.runner.batch import find_bucket, make_buckets, pack
 from pjax.runner.mirror import Mirror, NewRow
 from pjax.runner.sampling_arrays import SamplingTable
 from pjax.scheduler import Scheduler
+from tests.multi_host.hosts import free_port
 from tests.scheduler.test_scheduler import make_request
 
 
@@ -46,7 +48,9 @@ def test_the_place_comes_from_flags_or_from_what_started_the_process() -> None:
     assert found(lws) == (1, 4, "llm-0.llm.default:29500")
     assert found({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "h0,h1,h2,h3"}) == (2, 4, "h0:29500")
     assert found({"JOB_COMPLETION_INDEX": "0"}, master_addr="llm-0.llm") == (0, 4, "llm-0.llm:29500")
-    assert found({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, master_addr="b") == (1, 4, "b:29500")
+    mpirun = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    assert found(mpirun, master_addr="b") == (1, 4, "b:29500")
+    assert found(mpirun | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, master_addr="::1") == (1, 4, "[::1]:29500")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,17 @@ def test_messages_keep_their_arrays() -> None:
         assert back[name].dtype == arrays[name].dtype
 
 
-@pytest.mark.parametrize("data", [b"", b"\x05\0\0\0{", b"\x02\0\0\0{}", encode("s", {}, {"a": np.ones(4)})[:-8], b"\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x05\0\0\0{",
+        b"\x02\0\0\0{}",
+        encode("s", {}).replace(b"{}", b"[]"),
+        encode("s", {}, {"a": np.ones(4)})[:-8],
+        b"\xff\xff\xff\xff",
+    ],
+)
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="bytes are no message of pjax"):
         decode(data)
@@ -206,6 +220,41 @@ def test_another_key_is_refused_on_both_sides() -> None:
         secure(incoming, b"right", listening=True)
     thread.join()
     assert len(errors) == 1
+
+
+def test_hosts_come_late_and_come_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Longer apart than a silence that is a loss; one that has left before all were here has its place again."""
+    ended, groups, errors = list[Any](), dict[int, Group](), list[BaseException]()
+    monkeypatch.setattr(link, "BEAT", 0.05)
+    monkeypatch.setattr(link, "STARTING", 0.5)
+    monkeypatch.setattr(group, "_exit", lambda *said: ended.append(said))
+    caplog.set_level("WARNING")
+    port = free_port()
+
+    def come(rank: int) -> None:
+        try:
+            groups[rank] = join(at(rank))
+            groups[rank].agree({"a": 1})
+        except BaseException as error:
+            errors.append(error)
+
+    def at(rank: int) -> place.Place:
+        return place.Place(rank=rank, size=3, address="127.0.0.1", port=port, key=b"k", timeout=30)
+
+    threads = [threading.Thread(target=come, args=(rank,), daemon=True) for rank in range(3)]
+    threads[0].start()
+    connection, _ = _reach(at(1))
+    connection.send_bytes(encode("facts", {"a": 2}))
+    connection.close()
+    wait_for(lambda: "rank 1 at" in caplog.text and "has left" in caplog.text)
+    threads[1].start()
+    time.sleep(1.5)
+    threads[2].start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors and not ended and sorted(groups) == [0, 1, 2]
+    for one in (groups[1], groups[2], groups[0]):
+        assert one.close()
 
 
 ROWS, LENGTH, PAGE = 64, 8192, 16

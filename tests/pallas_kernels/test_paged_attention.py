@@ -65,6 +65,25 @@ class TestNative(KernelSuite):
         np.testing.assert_array_equal(np.asarray(out), np.asarray(wide.astype(dtype)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "xla", "native"])
+@pytest.mark.parametrize("where", ["query", "keys", "last key"])
+@pytest.mark.parametrize("case", ["few", "mixed"])
+def test_nan_shows(case: str, where: str, backend: str) -> None:
+    """In the row that has it and in no other, a decode row of few or many tokens, whatever blocks its keys are read in."""
+    step = make_step(Feature(case, (4, 2, 64), 16))
+    pages, q, row = np.array(step.pool_after), step.q, {"few": 0, "mixed": 2}[case]
+    table, length = np.asarray(step.batch.block_tables)[row], int(step.batch.kv_lens[row])
+    if where == "query":
+        q = q.at[row].set(jnp.nan)
+    elif where == "keys":
+        pages[table[:4], ..., :128] = np.nan
+    else:
+        pages[table[(length - 1) // 16], (length - 1) % 16, :128] = np.nan
+    out = np.asarray(paged_attention(q, jnp.asarray(pages), step.batch, num_kv_heads=2, backend=backend))
+    assert np.isnan(out[row]).all()
+    assert np.isfinite(np.delete(out, row, axis=0)).all()
+
+
 @pytest.fixture(scope="module")
 def one() -> Step:
     return make_step(Feature("one", (4, 2, 16), 8))

@@ -76,7 +76,8 @@ PJAX_INLINE float Soften(float* logits, int low, int high, float softcap, float*
   for (int j = 0; j < kBlock; ++j) logits[j] = (j >= low) & (j < high) ? logits[j] : kMasked;
   float most = *top;
   for (int j = 0; j < kBlock; ++j) most = logits[j] > most ? logits[j] : most;
-  if (most == kMasked) {
+  if (most == kMasked) {  // nothing is visible, or NaN, which is greater than nothing and has to stay
+    for (int j = low; j < high; ++j) *total += logits[j] != logits[j] ? logits[j] : 0.0f;
     for (int j = 0; j < kBlock; ++j) logits[j] = 0;
     return 1.0f;
   }
@@ -204,7 +205,7 @@ PJAX_INLINE void Merge(const float* parts, int64_t sums, int num_parts, int64_t 
   for (int i = 0; i < num_parts; ++i) total += weight(i) * top[i * sums + all];
   std::fill(out, out + size, 0.0f);
   for (int i = 0; i < num_parts; ++i) {
-    const float factor = total > 0 ? weight(i) / total : 0.0f, *acc = parts + i * sums + m * size;
+    const float factor = total == 0 ? 0.0f : weight(i) / total, *acc = parts + i * sums + m * size;
     for (int64_t h = 0; h < size; ++h) out[h] += acc[h] * factor;
   }
 }

@@ -30,6 +30,7 @@ PJAX_INLINE void Tile(const T* w, int64_t w_stride, const float* x, int64_t x_st
   using F = typename Lanes<W>::F;
   F sum[kOuts][N] = {};
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + W <= depth; i += W) {
     if constexpr (kFetch)  // the next tile, which is not in any cache yet
       for (int64_t line = 0; line < kOuts * W * int64_t{sizeof(T)}; line += 64)
@@ -173,7 +174,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if (!x_is_wide)
     for (int64_t i = 0; i < rows * depth; ++i) widened.data[i] = Load1(static_cast<const uint16_t*>(x.untyped_data()) + i);
   const Problem p{w.untyped_data(), x_is_wide ? static_cast<const float*>(x.untyped_data()) : widened.data, y->typed_data(), rows, outs, depth};
-  const int64_t grain = Grain(p, is_wide ? 4 : 2, pool.num_threads());
+  const int64_t grain = Grain(p, is_wide ? 4 : 2, std::max<int64_t>(pool.num_threads(), 1));
   static const Run f32 = Best<float>(), bf16 = Best<uint16_t>();
   const Run run = is_wide ? f32 : bf16;
   pjax::Share(pool, (outs + grain - 1) / grain, [p, grain, run] {

@@ -31,6 +31,9 @@ struct Job {
     }
   }
 
+  // Whether no item is left to take.
+  bool IsTaken() const { return next.load(std::memory_order_relaxed) >= size; }
+
   const int64_t size;
   const std::function<std::function<void(int64_t)>()> make;
   std::atomic<int64_t> next{0}, done{0};
@@ -53,7 +56,13 @@ class Helpers {
         newest_ = job;
       }
       posted_.fetch_add(1, std::memory_order_release);
-      for (int64_t i = waiting_.load(); i < wanted; ++i) pool.Schedule([this, job] { Help(job); });
+      for (int64_t i = waiting_.load() + called_.load(); i < wanted; ++i) {
+        called_.fetch_add(1);
+        pool.Schedule([this, job] {
+          called_.fetch_sub(1);
+          if (auto one = job->IsTaken() ? Newest() : job; !one->IsTaken()) Help(one);
+        });
+      }
     }
     job->Drain();
     while (job->done.load(std::memory_order_acquire) < job->size) std::this_thread::yield();
@@ -79,7 +88,10 @@ class Helpers {
     const auto until = Clock::now() + kPatience;
     while (posted_.load(std::memory_order_acquire) == seen && Clock::now() < until) std::this_thread::yield();
     waiting_.fetch_sub(1);
-    if (posted_.load(std::memory_order_acquire) == seen) return nullptr;
+    return posted_.load(std::memory_order_acquire) == seen ? nullptr : Newest();
+  }
+
+  std::shared_ptr<Job> Newest() {
     std::lock_guard<std::mutex> lock(mutex_);
     return newest_;
   }
@@ -87,7 +99,7 @@ class Helpers {
   std::mutex mutex_;
   std::shared_ptr<Job> newest_;
   std::atomic<uint64_t> posted_{0};
-  std::atomic<int64_t> waiting_{0};
+  std::atomic<int64_t> waiting_{0}, called_{0};  // helpers that look for a job, and that the pool has not begun
 };
 
 // Calls run(item) for each item in [0, size), in the calling thread and in the pool's. Each thread makes its own `run` by make().
