@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from pjax import LLM, SamplingParams
+from pjax.models import load
+from pjax.models.layers import RMSNorm
 from pjax.runner.executables import MAX_KEPT, Executables
 from pjax.runner.runner import ModelRunner
 from tests.engine.common import OPTIONS, greedy
@@ -97,6 +100,19 @@ def test_steps_with_code_of_the_callers_are_not_kept(model: Path, tmp_path: Path
     llm = LLM(model, compilation_cache_dir=str(tmp_path), logits_processors={"same": lambda logits, tokens, lengths: logits}, **OPTIONS)
     llm.generate([PROMPT], SamplingParams(max_tokens=2), use_tqdm=False)
     assert not files(tmp_path)
+
+
+class Mine(RMSNorm):
+    """A caller's, somewhere in a model of pjax."""
+
+
+def test_models_with_a_callers_module_inside_are_not_kept(model: Path, tmp_path: Path) -> None:
+    for kind, is_kept in ((Mine, False), (RMSNorm, True)):
+        loaded = load(str(model))
+        loaded.norm = kind(loaded.config.hidden_size, epsilon=loaded.config.rms_norm_epsilon, dtype=jnp.float32)
+        llm = LLM(loaded, compilation_cache_dir=str(tmp_path), skip_tokenizer_init=True, **OPTIONS)
+        llm.generate([{"prompt_token_ids": PROMPT}], greedy(2), use_tqdm=False)
+        assert bool(files(tmp_path)) == is_kept
 
 
 def test_the_oldest_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
