@@ -23,7 +23,12 @@ def write_report(figures: dict[str, Figures], folder: Path, out: Path, arguments
     plot(figures, page.with_suffix(".png"))
     lines = ["# pjax beside other engines", "", f"{machine()}. {versions(folder)}.", ""]
     lines += ["Output tokens per second, medians; in brackets how many times as many pjax makes. In turns, with the same token ids,"]
-    lines += ["weights, dtype and threads; runs that other programs disturbed were thrown away.", "", f"![]({page.stem}.png)", ""]
+    lines += [
+        "weights, dtype and threads; prompts are new in each round, so none is in a cache; disturbed runs were thrown away.",
+        "",
+        f"![]({page.stem}.png)",
+        "",
+    ]
     for dtype, works in figures.items():
         lines += [f"## {dtype}", "", *table(works), ""]
         for name, row in works.items():

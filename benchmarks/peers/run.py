@@ -5,7 +5,8 @@
 
 Each engine is a process; all but the one that is measured are stopped by a signal. A run in which other programs took more than
 --quiet cores is thrown away and done again. Greedy tokens are compared with transformers', which runs once: it takes as long as
-all the others. pjax alone has longer workloads too.
+all the others. Each round has other token ids, so that no engine finds a prompt in its cache of an earlier round. pjax alone has
+longer workloads too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Work:
     def num_tokens(self) -> int:
         """To be made."""
         return sum(self.num_out) * self.n
+
+    def in_round(self, number: int, vocab: int) -> Work:
+        """The same with other ids; prompts share what they shared."""
+        return replace(self, prompts=[[(token + 7919 * number) % vocab for token in prompt] for prompt in self.prompts])
 
 
 def works(vocab: int) -> list[Work]:
@@ -171,9 +176,10 @@ def measure(engine: Engine, work: Work) -> tuple[Row, float]:
     return answer, taken / seconds
 
 
-def compare(engines: dict[str, Engine], work: Work, rounds: int, quiet: float) -> dict[str, Row]:
-    """Speeds of each engine, in turns, and how far its greedy tokens are transformers'."""
+def compare(engines: dict[str, Engine], work: Work, vocab: int, rounds: int, quiet: float) -> dict[str, Row]:
+    """Speeds of each engine, in turns, and how far its greedy tokens of the first round are transformers'."""
     found: dict[str, Row] = {name: {"speeds": [], "thrown": 0} for name in work.engines if name in engines}
+    runs = dict.fromkeys(found, 0)
     for name in found:
         if name != "transformers":
             measure(engines[name], work)  # compiles
@@ -182,14 +188,15 @@ def compare(engines: dict[str, Engine], work: Work, rounds: int, quiet: float) -
             if name == "transformers" and done:
                 continue
             for _ in range(20):
-                answer, others = measure(engines[name], work)
+                runs[name] += 1
+                answer, others = measure(engines[name], work.in_round(runs[name], vocab))
+                row.setdefault("tokens", answer["tokens"])
                 if others <= quiet:
                     break
                 row["thrown"] += 1
             else:
                 raise RuntimeError(f"other programs took {others:.2f} cores in 20 runs; nothing can be measured here")
             row["speeds"].append(work.num_tokens / answer["seconds"])
-            row["tokens"] = answer["tokens"]
             print(f"{work.name:<26}{name:<14}{row['speeds'][-1]:8.1f} tokens/s", file=sys.stderr, flush=True)
     reference = found.get("transformers", {}).get("tokens")
     for row in found.values():
@@ -230,7 +237,7 @@ def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> dict[str, di
     names = [name for name in args.engines if dtype == "float32" or name != "ctranslate2"]  # its weights are float32
     engines = start_all(names, args.folder, dtype, args.starts)
     try:
-        figures = {work.name: compare(engines, work, args.rounds, args.quiet) for work in works(vocab)}
+        figures = {work.name: compare(engines, work, vocab, args.rounds, args.quiet) for work in works(vocab)}
     finally:
         end_all(engines)
     figures["start to first token, s"] = {
@@ -239,7 +246,7 @@ def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> dict[str, di
     if "pjax" in args.engines:
         alone = {"pjax": start("pjax", args.folder, dtype, LONG_SIZES)}
         try:
-            figures |= {work.name: compare(alone, work, 1, args.quiet) for work in long_works(vocab)}
+            figures |= {work.name: compare(alone, work, vocab, 1, args.quiet) for work in long_works(vocab)}
         finally:
             end_all(alone)
     return figures
