@@ -243,7 +243,7 @@ def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> dict[str, di
     figures["start to first token, s"] = {
         name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()
     }
-    if "pjax" in args.engines:
+    if "pjax" in args.engines and not args.short:
         alone = {"pjax": start("pjax", args.folder, dtype, LONG_SIZES)}
         try:
             figures |= {work.name: compare(alone, work, vocab, 1, args.quiet) for work in long_works(vocab)}
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.1, help="cores that other programs may take (default: 0.1)")
     parser.add_argument("--engines", nargs="+", default=["pjax", "vllm", "llama_cpp", "ctranslate2", "transformers"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--short", action="store_true", help="without the workloads that pjax has for itself")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the report (default: %(default)s)")
     args = parser.parse_args()
     vocab = json.loads((args.folder / "float32" / "config.json").read_text())["vocab_size"]
