@@ -296,7 +296,7 @@ Work Best() {
 struct Plan {
   Problem problem;
   std::vector<Item> items;
-  std::vector<float> parts;
+  std::unique_ptr<float[]> parts;  // each is cleared by the thread that takes it
   std::unique_ptr<std::atomic<int32_t>[]> left;
 };
 
@@ -306,9 +306,9 @@ void MakeItems(Plan* plan, int64_t num_rows, int64_t num_tokens, int64_t num_thr
   const int32_t heads = static_cast<int32_t>(p.num_kv_heads);
   p.most_parts = num_tokens >= 2 * num_threads ? 1 : num_threads % num_tokens == 0 ? num_threads / num_tokens : (2 * num_threads + num_tokens - 1) / num_tokens;
   if (p.most_parts > 1) {
-    plan->parts.resize(num_tokens * p.most_parts * p.num_heads * (p.head_size + 2));
+    plan->parts.reset(new float[num_tokens * p.most_parts * p.num_heads * (p.head_size + 2)]);
     plan->left.reset(new std::atomic<int32_t>[num_tokens]);
-    p.parts = plan->parts.data();
+    p.parts = plan->parts.get();
     p.left = plan->left.get();
   }
   for (int32_t row = 0; row < num_rows; ++row) {
