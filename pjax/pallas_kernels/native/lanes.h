@@ -79,6 +79,40 @@ PJAX_INLINE Four SumEach(F a, F b, F c, F d) {
   return Fold<W>(Interleave<W, 2, 0>(ab, cd, lanes) + Interleave<W, 2, 2>(ab, cd, lanes));
 }
 
+// Numbers of four vectors, those of a lane together.
+template <int W, typename F = typename Lanes<W>::F>
+PJAX_INLINE void FoursOf(F a, F b, F c, F d, Four* to) {
+  constexpr std::make_integer_sequence<int64_t, W> lanes;
+  const F ab = Interleave<W, 1, 0>(a, b, lanes), ab1 = Interleave<W, 1, 1>(a, b, lanes);
+  const F cd = Interleave<W, 1, 0>(c, d, lanes), cd1 = Interleave<W, 1, 1>(c, d, lanes);
+  const F lane[4] = {Interleave<W, 2, 0>(ab, cd, lanes), Interleave<W, 2, 0>(ab1, cd1, lanes), Interleave<W, 2, 2>(ab, cd, lanes),
+                     Interleave<W, 2, 2>(ab1, cd1, lanes)};
+  PJAX_UNROLL for (int j = 0; j < 4; ++j)
+    PJAX_UNROLL for (int i = 0; i < W; i += 4) std::memcpy(to + i + j, reinterpret_cast<const char*>(&lane[j]) + 4 * i, sizeof(Four));
+}
+
+// Lane m of vector n becomes lane n of vector m, of W vectors.
+template <int W, int kStep = 1, typename F = typename Lanes<W>::F>
+PJAX_INLINE void Transpose(F* some) {
+  if constexpr (kStep < W) {
+    constexpr std::make_integer_sequence<int64_t, W> lanes;
+    for (int m = 0; m < W; ++m)
+      if (!(m & kStep)) {
+        const F a = some[m], b = some[m + kStep];
+        some[m] = Interleave<W, kStep, 0>(a, b, lanes);
+        some[m + kStep] = Interleave<W, kStep, kStep>(a, b, lanes);
+      }
+    Transpose<W, 2 * kStep>(some);
+  }
+}
+
+template <int W>
+PJAX_INLINE typename Lanes<W>::F Spread(float x) {
+  typename Lanes<W>::F v;
+  for (int i = 0; i < W; ++i) v[i] = x;
+  return v;
+}
+
 // A function for each level of x86 in one library, each with all that it calls inlined: PJAX_FOR_EACH_LEVEL(DEFINE) is
 // DEFINE(name, attributes, W, N), N being the rows that share a load of four others, as many as the registers hold sums for.
 #if defined(__x86_64__)

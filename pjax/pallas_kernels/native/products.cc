@@ -2,10 +2,12 @@
 // sums in float32.
 //
 // XLA's product library repacks one side of each product. With few rows that costs as much as the product: here weights are read
-// once, where they lie, four rows of them against a few rows of x, sums along `in` staying in registers until the end. The weights
-// of all layers are operands, of which `index` picks one: a loop over layers needs no conditional, and copies nothing.
+// where they lie, once. Few rows of x: four rows of W against three of x, sums along `in` staying in registers until the end. Many:
+// x is packed so that a vector is one number of W rows of it, four rows of W against three such vectors, no sums across lanes. The
+// weights of all layers are operands, of which `index` picks one: a loop over layers needs no conditional, and copies nothing.
 
 #include <cstring>
+#include <memory>
 #include <new>
 #include <type_traits>
 
@@ -18,11 +20,15 @@ namespace {
 
 using namespace pjax;
 
-constexpr int kOuts = 4;                       // rows of W in a tile
-constexpr int64_t kDepth = 1536;               // of `in` that one pass takes
-constexpr int64_t kNear = 80 << 10;            // bytes of x that stay in the second cache
-constexpr int64_t kPanel = 192 << 10;          // bytes of W, as float32, that stay there too
-constexpr int64_t kGrain = 96 << 10;           // bytes of W that a thread takes at a time, at least
+constexpr int kOuts = 4;                // rows of W in a tile
+constexpr int kVectors = 3;             // of packed x in a tile
+constexpr int64_t kDepth = 1536;        // of `in` that one pass takes
+constexpr int64_t kPanel = 192 << 10;   // bytes of W, as float32, that stay in the second cache
+constexpr int64_t kGrain = 96 << 10;    // bytes of W that a thread takes at a time, at least
+constexpr int64_t kPackGrain = 48 << 10;  // bytes of x that a thread packs at a time
+
+// Rows of W in a panel.
+inline int64_t PanelRows(int64_t depth) { return std::max<int64_t>(kPanel / (4 * depth) / kOuts, 1) * kOuts; }
 
 // y[n][m] (+)= Σ_i w[m][i] · x[n][i] for kOuts rows of w and N rows of x.
 template <int W, int N, bool kFetch, typename T>
@@ -77,73 +83,167 @@ PJAX_INLINE void Columns(const T* w, int64_t w_stride, const float* x, int64_t x
 
 struct Problem {
   const void* w;   // [outs, depth]
-  const float* x;  // [rows, depth]
+  const float* x;  // [rows, depth]; packed, [rows / W, depth, W] with zeros in rows that are none
   float* y;        // [rows, outs]
   int64_t rows, outs, depth;
+  bool is_packed;
 };
 
-// y for rows [first, last) of W. Passes over `in` in pieces that leave x in the first cache; bfloat16 weights become float32 in
-// `scratch` where many rows of x use them.
+// to[stride·m + i] = w[m][i], as float32.
+template <int W, typename T>
+PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t depth, float* to, int64_t stride) {
+  for (int64_t m = 0; m < count; ++m) {
+    int64_t i = 0;
+    for (; i + W <= depth; i += W) {
+      const auto wide = Load<W>(w + m * w_stride + i);
+      std::memcpy(to + m * stride + i, &wide, sizeof wide);
+    }
+    for (; i < depth; ++i) to[m * stride + i] = Load1(w + m * w_stride + i);
+  }
+}
+
+// W rows of x [rows, depth], of which there are `rows`, side by side: to[depth][W].
+template <int W, typename X>
+PJAX_INLINE void Pack(const X* x, int64_t rows, int64_t depth, float* to) {
+  using F = typename Lanes<W>::F;
+  int64_t i = 0;
+  for (; i + W <= depth; i += W) {
+    F some[W];
+    for (int m = 0; m < W; ++m) some[m] = m < rows ? Load<W>(x + m * depth + i) : F{};
+    Transpose<W>(some);
+    std::memcpy(to + i * W, some, sizeof some);
+  }
+  for (; i < depth; ++i)
+    for (int m = 0; m < W; ++m) to[i * W + m] = m < rows ? Load1(x + m * depth + i) : 0.0f;
+}
+
+// y[n][m] (+)= Σ_i w[m][i] · x[n][i] for kOuts rows of w and V vectors of packed x, of whose rows there are `rows`.
+template <int W, int V, bool kFetch>
+PJAX_INLINE void PackedTile(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t rows, int64_t depth, bool add,
+                            float* y, int64_t y_stride) {
+  using F = typename Lanes<W>::F;
+  F sum[kOuts][V] = {};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < depth; ++i) {
+    if constexpr (kFetch)  // a line of one of the next tile's rows
+      if (i % 4 == 0) __builtin_prefetch(w + (kOuts + i / 4 % 4) * w_stride + i / 16 * 16);
+    F factors[V];
+    PJAX_UNROLL for (int v = 0; v < V; ++v) factors[v] = Held(Load<W>(x + v * x_stride + i * W));
+    PJAX_UNROLL for (int m = 0; m < kOuts; ++m) {
+      const F weight = Held(Spread<W>(w[m * w_stride + i]));
+      PJAX_UNROLL for (int v = 0; v < V; ++v) sum[m][v] += weight * factors[v];
+    }
+  }
+  PJAX_UNROLL for (int v = 0; v < V; ++v) {
+    Four fours[W];  // of each row
+    FoursOf<W>(sum[0][v], sum[1][v], sum[2][v], sum[3][v], fours);
+    for (int n = 0; n < std::min<int64_t>(W, rows - v * W); ++n) {
+      float* to = y + (v * W + n) * y_stride;
+      if (add) {
+        Four before;
+        std::memcpy(&before, to, sizeof before);
+        fours[n] += before;
+      }
+      std::memcpy(to, &fours[n], sizeof(Four));
+    }
+  }
+}
+
+// y for rows [first, last) of W, few rows of x. Bfloat16 weights become float32 in `scratch` where several rows of x use them.
 template <int W, int N, typename T>
-PJAX_INLINE void Panel(const Problem& p, int64_t first, int64_t last, float* scratch) {
+PJAX_INLINE void FewRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
   const T* w = static_cast<const T*>(p.w);
   const bool widen = sizeof(T) == 2 && p.rows > 3;
-  const int64_t passes = (p.depth + kDepth - 1) / kDepth, piece = ((p.depth + passes - 1) / passes + 15) / 16 * 16;
-  for (int64_t i = 0; i < p.depth; i += piece) {
-    const int64_t depth = std::min(piece, p.depth - i);
-    const int64_t stride = (depth + 15) / 16 * 16;  // of a row of `scratch`
-    const int64_t near = std::max<int64_t>(kNear / (4 * depth) / N, 1) * N;
-    // Where all rows of x are near, each tile of W is used up at once; else a panel of W stays in the second cache.
-    const int64_t panel = p.rows <= near ? kOuts : std::max<int64_t>(kPanel / (4 * stride) / kOuts, 1) * kOuts;
-    for (int64_t o = first; o < last; o += panel) {
-      const int64_t end = std::min(o + panel, last);
-      const T* source = w + o * p.depth + i;
-      if (widen)
-        for (int64_t m = 0; m < end - o; ++m) {
-          int64_t j = 0;
-          for (; j + W <= depth; j += W) {
-            auto wide = Load<W>(source + m * p.depth + j);
-            std::memcpy(scratch + m * stride + j, &wide, sizeof wide);
-          }
-          for (; j < depth; ++j) scratch[m * stride + j] = Load1(source + m * p.depth + j);
-        }
-      for (int64_t n = 0; n < p.rows; n += near) {
-        const int64_t rows = std::min(near, p.rows - n);
-        const float* x = p.x + n * p.depth + i;
-        int64_t m = 0;
-        for (; m + kOuts <= end - o; m += kOuts) {
-          float* y = p.y + n * p.outs + o + m;
-          if (widen)
-            Columns<W, N>(scratch + m * stride, stride, x, p.depth, rows, depth, i > 0, y, p.outs);
-          else
-            Columns<W, N>(source + m * p.depth, p.depth, x, p.depth, rows, depth, i > 0, y, p.outs);
-        }
-        for (; m < end - o; ++m)  // rows of W that make no tile
-          for (int64_t r = 0; r < rows; ++r) {
-            float sum = 0, *y = p.y + (n + r) * p.outs + o + m;
-            for (int64_t j = 0; j < depth; ++j) sum += Load1(source + m * p.depth + j) * x[r * p.depth + j];
-            *y = i > 0 ? *y + sum : sum;
-          }
+  for (int64_t i = 0; i < p.depth; i += kDepth) {
+    const int64_t depth = std::min(kDepth, p.depth - i);
+    for (int64_t m = first; m + kOuts <= last; m += kOuts) {
+      const T* source = w + m * p.depth + i;
+      float* y = p.y + m;
+      if (widen) {
+        Widen<W>(source, p.depth, kOuts, depth, scratch, kDepth);
+        Columns<W, N>(scratch, kDepth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
+      } else {
+        Columns<W, N>(source, p.depth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
       }
     }
   }
 }
 
-using Run = void (*)(const Problem&, int64_t first, int64_t last, float* scratch);
-
-#define PJAX_PANEL(name, attributes, W, N)                                                              \
-  template <typename T>                                                                                 \
-  attributes void name##Panel(const Problem& p, int64_t first, int64_t last, float* scratch) {          \
-    Panel<W, N, T>(p, first, last, scratch);                                                            \
+// The same for many rows of x, packed: those of a tile pass by a panel of W that stays in the second cache.
+template <int W, typename T>
+PJAX_INLINE void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
+  const int64_t vectors = (p.rows + W - 1) / W, turns = (vectors + kVectors - 1) / kVectors;  // of two or three vectors each
+  for (int64_t i = 0; i < p.depth; i += kDepth) {
+    const int64_t depth = std::min(kDepth, p.depth - i), panel = PanelRows(depth);
+    for (int64_t o = first; o + kOuts <= last; o += panel) {
+      const int64_t end = o + std::min(panel, last - o) / kOuts * kOuts;
+      const T* source = static_cast<const T*>(p.w) + o * p.depth + i;
+      const float* w;
+      int64_t stride = p.depth;
+      if constexpr (sizeof(T) == 2)
+        Widen<W>(source, p.depth, end - o, depth, scratch, stride = depth), w = scratch;
+      else
+        w = source;
+      for (int64_t turn = 0, v = 0; turn < turns; ++turn) {
+        const int64_t count = (vectors - v + turns - turn - 1) / (turns - turn);  // as even as can be
+        auto tiles = [&](auto number, auto fetch) __attribute__((always_inline)) {
+          for (int64_t m = 0; m < end - o; m += kOuts)
+            PackedTile<W, number(), fetch()>(w + m * stride, stride, p.x + (v * p.depth + i) * W, p.depth * W, p.rows - v * W, depth, i > 0,
+                                             p.y + v * W * p.outs + o + m, p.outs);
+        };
+        constexpr std::integral_constant<bool, sizeof(T) == 4> kFirst;
+        constexpr std::false_type kLater;
+        if (count == 2) turn == 0 ? tiles(std::integral_constant<int, 2>(), kFirst) : tiles(std::integral_constant<int, 2>(), kLater);
+        if (count == 3) turn == 0 ? tiles(std::integral_constant<int, 3>(), kFirst) : tiles(std::integral_constant<int, 3>(), kLater);
+        v += count;
+      }
+    }
   }
-PJAX_FOR_EACH_LEVEL(PJAX_PANEL)
+}
 
-template <typename T>
-Run Best() {
+// Rows of W that make no tile.
+template <int W, typename T>
+PJAX_INLINE void LastRows(const Problem& p, int64_t first, int64_t last) {
+  const T* w = static_cast<const T*>(p.w);
+  for (int64_t m = first + (last - first) / kOuts * kOuts; m < last; ++m)
+    for (int64_t n = 0; n < p.rows; ++n) {
+      const float* x = p.is_packed ? p.x + n / W * W * p.depth + n % W : p.x + n * p.depth;
+      const int64_t step = p.is_packed ? W : 1;
+      float sum = 0;
+      for (int64_t i = 0; i < p.depth; ++i) sum += Load1(w + m * p.depth + i) * x[i * step];
+      p.y[n * p.outs + m] = sum;
+    }
+}
+
+template <int W, int N, typename T>
+PJAX_INLINE void Rows(const Problem& p, int64_t first, int64_t last, float* scratch) {
+  p.is_packed ? ManyRows<W, T>(p, first, last, scratch) : FewRows<W, N, T>(p, first, last, scratch);
+  LastRows<W, T>(p, first, last);
+}
+
+// What one level of x86 has; of two functions the second takes float32, the first bfloat16.
+struct Kernels {
+  int64_t width;  // of a vector
+  void (*rows[2])(const Problem&, int64_t first, int64_t last, float* scratch);
+  void (*pack[2])(const void* x, int64_t rows, int64_t depth, float* to);
+};
+
+#define PJAX_KERNELS(name, attributes, W, N)                                                  \
+  template <typename T>                                                                       \
+  attributes void name##Rows(const Problem& p, int64_t first, int64_t last, float* scratch) { \
+    Rows<W, N, T>(p, first, last, scratch);                                                   \
+  }                                                                                           \
+  template <typename X>                                                                       \
+  attributes void name##Pack(const void* x, int64_t rows, int64_t depth, float* to) {         \
+    Pack<W>(static_cast<const X*>(x), rows, depth, to);                                       \
+  }
+PJAX_FOR_EACH_LEVEL(PJAX_KERNELS)
+
+Kernels Best() {
 #define PJAX_CHOOSE(name, attributes, W, N) \
-  if (BestLevel() == Level::name) return name##Panel<T>;
+  if (BestLevel() == Level::name) return {W, {name##Rows<uint16_t>, name##Rows<float>}, {name##Pack<uint16_t>, name##Pack<float>}};
   PJAX_FOR_EACH_LEVEL(PJAX_CHOOSE)
-  return nullptr;
+  return {};
 }
 
 struct Floats {
@@ -157,7 +257,30 @@ struct Floats {
 int64_t Grain(const Problem& p, int64_t item_size, int64_t num_threads) {
   const int64_t least = std::max<int64_t>(kGrain / (p.depth * item_size) / kOuts, 1) * kOuts;
   const int64_t fair = (p.outs / (4 * num_threads) + kOuts - 1) / kOuts * kOuts;
-  return std::max(least, std::min<int64_t>(fair, std::max<int64_t>(kPanel / (4 * std::min(kDepth, p.depth)) / kOuts, 1) * kOuts));
+  return std::max(least, std::min(fair, PanelRows(std::min(kDepth, p.depth))));
+}
+
+// x as products take it: packed where there are many rows, else as float32. Null where it is that already.
+std::unique_ptr<Floats> Prepare(ffi::ThreadPool& pool, const Kernels& kernels, const void* x, bool is_wide, Problem* p) {
+  const int64_t width = kernels.width, rows = p->rows, depth = p->depth, vectors = (rows + width - 1) / width;
+  p->is_packed = 2 * rows > 3 * width;
+  p->x = static_cast<const float*>(x);
+  if (is_wide && !p->is_packed) return nullptr;
+  auto made = std::make_unique<Floats>((p->is_packed ? vectors * width : rows) * depth);
+  float* to = made->data;
+  p->x = to;
+  if (p->is_packed) {
+    const int64_t size = width * depth * (is_wide ? 4 : 2), some = std::max<int64_t>(kPackGrain / size, 1);
+    pjax::Share(pool, (vectors + some - 1) / some, [=, pack = kernels.pack[is_wide]] {
+      return [=](int64_t item) {
+        for (int64_t v = item * some; v < std::min(vectors, (item + 1) * some); ++v)
+          pack(static_cast<const char*>(x) + v * size, std::min(width, rows - v * width), depth, to + v * width * depth);
+      };
+    });
+  } else {
+    for (int64_t i = 0; i < rows * depth; ++i) to[i] = Load1(static_cast<const uint16_t*>(x) + i);
+  }
+  return made;
 }
 
 ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> index, ffi::RemainingArgs weights,
@@ -166,18 +289,14 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   const auto chosen = weights.get<ffi::AnyBuffer>(which);
   if (!chosen.has_value()) return chosen.error();
   const ffi::AnyBuffer w = *chosen;
-  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], outs = w.dimensions()[0];
   const bool is_wide = w.element_type() == ffi::F32, x_is_wide = x.element_type() == ffi::F32;
   if ((!is_wide && w.element_type() != ffi::BF16) || (!x_is_wide && x.element_type() != ffi::BF16))
     return ffi::Error::InvalidArgument("a product takes float32 and bfloat16");
-  const Floats widened(x_is_wide ? 0 : rows * depth);
-  if (!x_is_wide)
-    for (int64_t i = 0; i < rows * depth; ++i) widened.data[i] = Load1(static_cast<const uint16_t*>(x.untyped_data()) + i);
-  const Problem p{w.untyped_data(), x_is_wide ? static_cast<const float*>(x.untyped_data()) : widened.data, y->typed_data(), rows, outs, depth};
+  static const Kernels kernels = Best();
+  Problem p{w.untyped_data(), nullptr, y->typed_data(), x.dimensions()[0], w.dimensions()[0], x.dimensions()[1], false};
+  const auto prepared = Prepare(pool, kernels, x.untyped_data(), x_is_wide, &p);
   const int64_t grain = Grain(p, is_wide ? 4 : 2, std::max<int64_t>(pool.num_threads(), 1));
-  static const Run f32 = Best<float>(), bf16 = Best<uint16_t>();
-  const Run run = is_wide ? f32 : bf16;
-  pjax::Share(pool, (outs + grain - 1) / grain, [p, grain, run] {
+  pjax::Share(pool, (p.outs + grain - 1) / grain, [p, grain, run = kernels.rows[is_wide]] {
     auto scratch = std::make_shared<Floats>(kPanel / 4 + kOuts * kDepth);
     return [p, grain, run, scratch](int64_t item) { run(p, item * grain, std::min(p.outs, (item + 1) * grain), scratch->data); };
   });
