@@ -14,6 +14,7 @@ namespace pjax {
 template <int W>
 struct Lanes {
   typedef float F __attribute__((vector_size(4 * W)));
+  typedef int32_t I __attribute__((vector_size(4 * W)));
   typedef uint32_t U __attribute__((vector_size(4 * W)));
   typedef uint16_t H __attribute__((vector_size(2 * W)));
 };

@@ -3,7 +3,9 @@
 // The definition is reference.py's. Plain XLA (xla.py) has to copy each block of pages twice before a product can use
 // it; here keys and values are read where they lie. Flash accumulation (Dao et al. 2022, algorithm 1) over blocks of
 // keys. Work is cut into items, decode rows and tiles of prefill queries, that XLA's own threads take in turn; where decode
-// rows are fewer than threads need, each is cut along its keys too (Flash-Decoding, Dao et al. 2023).
+// rows are fewer than threads need, each is cut along its keys too (Flash-Decoding, Dao et al. 2023). A decode row is bound by
+// memory: its vectors lie along a head. Prefill is bound by arithmetic: there a vector is one number of several query rows, so that
+// nothing is summed across lanes.
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +26,7 @@ namespace {
 using namespace pjax;
 
 constexpr int kBlock = 64;      // keys that one flash step takes
-constexpr int kQueryTile = 16;  // query tokens of a prefill item
+constexpr int kTileRows = 48;   // query rows of a prefill item: its tokens times the heads that share a KV head
 constexpr int kKeys = 4;        // keys of a tile of products
 constexpr int kLeastPart = 32;  // keys, of a decode row that is cut
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -68,6 +70,26 @@ PJAX_INLINE float Exp(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
+template <int W>
+PJAX_INLINE typename Lanes<W>::F ExpOfEach(typename Lanes<W>::F x) {
+  using F = typename Lanes<W>::F;
+  using I = typename Lanes<W>::I;
+  const F bounded = x < -87.0f ? Spread<W>(-87.0f) : x;
+  const I whole = __builtin_convertvector(bounded * 1.44269504f - 0.5f, I);  // towards zero, from below
+  const F n = __builtin_convertvector(whole, F);
+  const F r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const I bits = (whole + 127) << 23;
+  F power;
+  std::memcpy(&power, &bits, sizeof bits);
+  return x < -87.0f ? F{} : p * power;
+}
+
 // Turns logits [kBlock] of which [low, high) are visible into weights, and keeps the running maximum and sum.
 // Returns the factor by which what was accumulated before shrinks.
 PJAX_INLINE float Soften(float* logits, int low, int high, float softcap, float* top, float* total) {
@@ -99,7 +121,7 @@ struct Slots {
   int count;
 };
 
-// Keys or values of one head and one block, and those that come after them, which decode fetches meanwhile.
+// Keys or values of one head and one block, and those that come after them, which are fetched meanwhile.
 template <typename T>
 struct Strip {
   const T *const *row, *const *next_row;
@@ -120,7 +142,7 @@ PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int
 }
 
 // logits[r][j] = q[r] · key j for R query rows and, at least, j in [low, high).
-template <int W, int R, bool kFetch, typename T>
+template <int W, int R, typename T>
 PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip, int low, int high,
                        float (*logits)[kBlock]) {
   using F = typename Lanes<W>::F;
@@ -130,7 +152,7 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip,
       F factors[R];
       PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(Load<W>(q + r * head_size + h));
       PJAX_UNROLL for (int k = 0; k < kKeys; ++k) {
-        if constexpr (kFetch) __builtin_prefetch(strip.next_row[j + k] + strip.next_offset + h);
+        __builtin_prefetch(strip.next_row[j + k] + strip.next_offset + h);
         const F key = Held(Load<W>(strip.row[j + k] + strip.offset + h));
         PJAX_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += key * factors[r];
       }
@@ -143,7 +165,7 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip,
 }
 
 // acc[r] = acc[r] · shrink[r] + Σ_j weights[r][j] · value j for R query rows and V vectors of the head, from h on.
-template <int W, int R, int V, bool kFetch, typename T>
+template <int W, int R, int V, typename T>
 PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, int64_t h, float* acc) {
   using F = typename Lanes<W>::F;
   F sum[R][V];
@@ -153,7 +175,7 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
     F factors[R];
     PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(F{} + weights[r][j]);
     PJAX_UNROLL for (int v = 0; v < V; ++v) {
-      if constexpr (kFetch) __builtin_prefetch(strip.next_row[j] + strip.next_offset + h + v * W);
+      __builtin_prefetch(strip.next_row[j] + strip.next_offset + h + v * W);
       const F value = Held(Load<W>(strip.row[j] + strip.offset + h + v * W));
       PJAX_UNROLL for (int r = 0; r < R; ++r) sum[r][v] += value * factors[r];
     }
@@ -163,37 +185,34 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
 }
 
 // The same for the whole head.
-template <int W, int R, bool kFetch, typename T>
+template <int W, int R, typename T>
 PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, float* acc) {
   constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
   int64_t h = 0;
   auto add = [&](auto vectors) __attribute__((always_inline)) {
     for (; h + vectors() * W <= head_size; h += vectors() * W)
-      AddSome<W, R, vectors(), kFetch>(weights, shrink, head_size, strip, low, high, h, acc);
+      AddSome<W, R, vectors()>(weights, shrink, head_size, strip, low, high, h, acc);
   };
   add(std::integral_constant<int, kWide>());
   if constexpr (kWide > 4) add(std::integral_constant<int, 4>());
   if constexpr (W > 4) add(std::integral_constant<int, 16 / W>());  // a head is a multiple of 16 numbers
 }
 
-// What an item accumulates, for the query rows of one of its KV heads: those of a token side by side.
+// What an item accumulates, for the query rows of one of its KV heads.
 struct Rows {
   float *q, *acc, *top, *total;  // [rows, H], [rows, H], [rows], [rows]
 };
 
-// One flash step of the query rows [m, m + R) and one KV head.
-template <int W, int R, bool kFetch, typename T>
-PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, const int* low, const int* high, int m) {
-  const int first = *std::min_element(low + m, low + m + R), last = *std::max_element(high + m, high + m + R);
-  if (last == 0) return;
+// One flash step of the query rows [m, m + R) and one KV head, over keys [low, high) of a block.
+template <int W, int R, typename T>
+PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, int low, int high, int m) {
   alignas(64) float logits[R][kBlock];
   float shrink[R];
   const int64_t size = p.head_size, values = p.num_kv_heads * size;
-  Score<W, R, kFetch>(rows.q + m * size, size, strip, first, last, logits);
-  for (int r = 0; r < R; ++r)
-    shrink[r] = Soften(logits[r], low[m + r], high[m + r], p.softcap, &rows.top[m + r], &rows.total[m + r]);
+  Score<W, R>(rows.q + m * size, size, strip, low, high, logits);
+  for (int r = 0; r < R; ++r) shrink[r] = Soften(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
   strip.offset += values, strip.next_offset += values;
-  Add<W, R, kFetch>(logits, shrink, size, strip, first, last, rows.acc + m * size);
+  Add<W, R>(logits, shrink, size, strip, low, high, rows.acc + m * size);
 }
 
 // out[h] of query row m of `all`, from the sums of all parts.
@@ -210,17 +229,15 @@ PJAX_INLINE void Merge(const float* parts, int64_t sums, int num_parts, int64_t 
   }
 }
 
-// All of an item. Scratch holds its queries, and its sums where it is no part.
-template <int W, int N, bool kDecode, typename T>
-PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scratch) {
-  const int64_t ratio = p.num_heads / p.num_kv_heads, size = p.head_size;
-  const int rows = static_cast<int>(item.count * ratio), all = rows * item.num_kv_heads;
+// All of a decode item. Scratch holds its queries, and its sums where it is no part.
+template <int W, int N, typename T>
+PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float>& scratch) {
+  const int64_t size = p.head_size;
+  const int rows = static_cast<int>(p.num_heads / p.num_kv_heads), all = rows * item.num_kv_heads;
   const int32_t* table = p.tables + item.row * p.table_width;
-  const int64_t end = p.row_starts[item.row + 1], length = p.kv_lens[item.row];
-  const int64_t position = length - (end - item.first);  // of the item's first query
-  const int64_t last = position + item.count;            // keys [0, last) are visible to some query
-  const int64_t begin = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) / kBlock * kBlock : 0;
-
+  const int64_t last = p.kv_lens[item.row] - (p.row_starts[item.row + 1] - item.first) + 1;
+  const int64_t seen = p.window > 0 ? std::max<int64_t>(last - p.window, 0) : 0;  // keys [seen, last)
+  const int64_t begin = seen / kBlock * kBlock;
   const int64_t piece = (last - begin + 4 * item.parts - 1) / (4 * item.parts) * 4;  // keys of this part: [from, to)
   const int64_t from = begin + item.part * piece, to = std::min(last, from + piece);
 
@@ -229,19 +246,11 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
   float* parts = item.parts == 1 ? scratch.data() + all * size : p.parts + item.first * p.most_parts * sums;
   float *q = scratch.data(), *acc = parts + item.part * sums, *top = acc + all * size, *total = top + all;
   auto of_head = [&](int k) { return Rows{q + k * rows * size, acc + k * rows * size, top + k * rows, total + k * rows}; };
-  auto place = [&](int k, int m) {  // of a query row in q and out
-    return ((item.first + m / ratio) * p.num_heads + (item.kv_head + k) * ratio + m % ratio) * size;
-  };
-  for (int k = 0; k < item.num_kv_heads; ++k)
-    for (int m = 0; m < rows; ++m) {
-      const float* source = p.q + place(k, m);
-      for (int64_t h = 0; h < size; ++h) q[(k * rows + m) * size + h] = source[h] * p.scale;
-    }
+  const int64_t place = (item.first * p.num_heads + item.kv_head * rows) * size;  // of the first query row in q and out
+  for (int64_t i = 0; i < all * size; ++i) q[i] = p.q[place + i] * p.scale;
   std::fill(acc, acc + sums, 0.0f);
   std::fill(top, top + all, kMasked);
 
-  std::vector<int> bounds(2 * rows);  // the keys of a block that a query row sees: [low, high)
-  int *low = bounds.data(), *high = low + rows;
   Slots<T> slots[2];
   int turn = 0;
   auto find = [&](int64_t first, Slots<T>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), found); };
@@ -251,18 +260,15 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
     const bool is_last = first + kBlock >= to;
     if (!is_last) find(first + kBlock, &slots[turn ^ 1]);
     const Slots<T>& next = slots[is_last ? turn : turn ^ 1];
-    for (int m = 0; m < rows; ++m) {
-      const int64_t seen = position + m / ratio + 1 - first;
-      high[m] = static_cast<int>(std::clamp<int64_t>(seen, 0, now.count));
-      low[m] = p.window > 0 ? static_cast<int>(std::clamp<int64_t>(seen - p.window, 0, high[m])) : 0;
-    }
+    const int low = static_cast<int>(std::clamp<int64_t>(seen - first, 0, now.count));
+    if (low == now.count) continue;
     for (int k = 0; k < item.num_kv_heads; ++k) {
       const bool is_next_head = k + 1 < item.num_kv_heads;
       const int64_t offset = (item.kv_head + k) * size;
       const Strip<T> strip{now.row, is_next_head ? now.row : next.row, offset, is_next_head ? offset + size : item.kv_head * size};
       int m = 0;
       auto step = [&](auto count) __attribute__((always_inline)) {
-        for (; m + count() <= rows; m += count()) Step<W, count(), kDecode>(p, of_head(k), strip, low, high, m);
+        for (; m + count() <= rows; m += count()) Step<W, count()>(p, of_head(k), strip, low, now.count, m);
       };
       step(std::integral_constant<int, N>());
       if constexpr (N > 3) step(std::integral_constant<int, 3>());
@@ -272,8 +278,177 @@ PJAX_INLINE void Run(const Problem& p, const Item& item, std::vector<float>& scr
   }
 
   if (item.parts > 1 && p.left[item.first].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  for (int k = 0; k < item.num_kv_heads; ++k)  // whoever is last brings the parts together
-    for (int m = 0; m < rows; ++m) Merge(parts, sums, item.parts, k * rows + m, all, size, p.out + place(k, m));
+  for (int m = 0; m < all; ++m) Merge(parts, sums, item.parts, m, all, size, p.out + place + m * size);  // whoever is last
+}
+
+// What a prefill item accumulates for V vectors of query rows: each is one number of W rows.
+struct Packed {
+  float *q, *acc;         // [V, H, W]
+  float *top, *total;     // [V, W]
+  const int *low, *high;  // [V, W]: the keys of a block that a query row sees are [low, high)
+};
+
+// Keys or values of one head and one block.
+using Block = const float* [kBlock];
+
+// weights[j] = q · key j for V vectors of query rows and, at least, j in [first, last).
+template <int W, int V>
+PJAX_INLINE void PackedScore(const float* q, int64_t size, const Block& keys, int first, int last, typename Lanes<W>::F (*weights)[V]) {
+  using F = typename Lanes<W>::F;
+  for (int j = first / kKeys * kKeys; j < last; j += kKeys) {
+    F sum[kKeys][V] = {};
+#pragma GCC unroll 4
+    for (int64_t h = 0; h < size; ++h) {
+      F factors[V];
+      PJAX_UNROLL for (int v = 0; v < V; ++v) factors[v] = Held(Load<W>(q + (v * size + h) * W));
+      PJAX_UNROLL for (int k = 0; k < kKeys; ++k) {
+        const F key = Held(Spread<W>(keys[j + k][h]));
+        PJAX_UNROLL for (int v = 0; v < V; ++v) sum[k][v] += key * factors[v];
+      }
+    }
+    PJAX_UNROLL for (int k = 0; k < kKeys; ++k)
+      PJAX_UNROLL for (int v = 0; v < V; ++v) weights[j + k][v] = sum[k][v];
+  }
+}
+
+// Soften for V vectors: each lane has keys [low, high) of its own, unless all see [first, last).
+template <int W, int V>
+PJAX_INLINE void PackedSoften(const Packed& rows, int first, int last, bool all, float softcap, typename Lanes<W>::F (*weights)[V],
+                              typename Lanes<W>::F* shrink) {
+  using F = typename Lanes<W>::F;
+  using I = typename Lanes<W>::I;
+  if (softcap > 0)
+    for (int j = first; j < last; ++j)
+      for (int v = 0; v < V; ++v)
+        for (int i = 0; i < W; ++i) weights[j][v][i] = softcap * std::tanh(weights[j][v][i] / softcap);
+  if (!all) {
+    I low[V], high[V];
+    std::memcpy(low, rows.low, sizeof low);
+    std::memcpy(high, rows.high, sizeof high);
+    for (int j = first; j < last; ++j)
+      PJAX_UNROLL for (int v = 0; v < V; ++v) weights[j][v] = (low[v] <= j) & (high[v] > j) ? weights[j][v] : Spread<W>(kMasked);
+  }
+  F top[V], most[V], base[V], sum[V] = {}, total[V];
+  std::memcpy(top, rows.top, sizeof top);
+  std::memcpy(total, rows.total, sizeof total);
+  PJAX_UNROLL for (int v = 0; v < V; ++v) most[v] = top[v];
+  for (int j = first; j < last; ++j)
+    PJAX_UNROLL for (int v = 0; v < V; ++v) most[v] = weights[j][v] > most[v] ? weights[j][v] : most[v];
+  // Where nothing is visible, or NaN, which is greater than nothing and has to stay:
+  PJAX_UNROLL for (int v = 0; v < V; ++v) base[v] = most[v] == kMasked ? F{} : most[v];
+  for (int j = first; j < last; ++j)
+    PJAX_UNROLL for (int v = 0; v < V; ++v) sum[v] += weights[j][v] = ExpOfEach<W>(weights[j][v] - base[v]);
+  PJAX_UNROLL for (int v = 0; v < V; ++v) {
+    shrink[v] = ExpOfEach<W>(top[v] - base[v]);
+    total[v] = total[v] * shrink[v] + sum[v];
+  }
+  std::memcpy(rows.top, most, sizeof most);
+  std::memcpy(rows.total, total, sizeof total);
+}
+
+// acc = acc · shrink + Σ_j weights[j] · value j.
+template <int W, int V>
+PJAX_INLINE void PackedAdd(const typename Lanes<W>::F (*weights)[V], const typename Lanes<W>::F* shrink, int64_t size, const Block& values,
+                           int first, int last, float* acc) {
+  using F = typename Lanes<W>::F;
+  constexpr int kSome = 4;  // numbers of the head
+  for (int64_t h = 0; h < size; h += kSome) {
+    F sum[kSome][V];
+    PJAX_UNROLL for (int i = 0; i < kSome; ++i)
+      PJAX_UNROLL for (int v = 0; v < V; ++v) sum[i][v] = Load<W>(acc + (v * size + h + i) * W) * shrink[v];
+    for (int j = first; j < last; ++j) {
+      F factors[V];
+      PJAX_UNROLL for (int v = 0; v < V; ++v) factors[v] = Held(weights[j][v]);
+      PJAX_UNROLL for (int i = 0; i < kSome; ++i) {
+        const F value = Held(Spread<W>(values[j][h + i]));
+        PJAX_UNROLL for (int v = 0; v < V; ++v) sum[i][v] += value * factors[v];
+      }
+    }
+    PJAX_UNROLL for (int i = 0; i < kSome; ++i)
+      PJAX_UNROLL for (int v = 0; v < V; ++v) std::memcpy(acc + (v * size + h + i) * W, &sum[i][v], sizeof(F));
+  }
+}
+
+// One flash step of V vectors.
+template <int W, int V>
+PJAX_INLINE void PackedStep(const Problem& p, const Packed& rows, const Block& keys, const Block& values) {
+  const auto lows = std::minmax_element(rows.low, rows.low + V * W), highs = std::minmax_element(rows.high, rows.high + V * W);
+  const int first = *lows.first, last = *highs.second;
+  if (last == 0) return;
+  typename Lanes<W>::F weights[kBlock][V], shrink[V];
+  PackedScore<W, V>(rows.q, p.head_size, keys, first, last, weights);
+  PackedSoften<W, V>(rows, first, last, first == *lows.second && last == *highs.first, p.softcap, weights, shrink);
+  PackedAdd<W, V>(weights, shrink, p.head_size, values, first, last, rows.acc);
+}
+
+// All of a prefill item.
+template <int W, typename T>
+PJAX_INLINE void RunPrefill(const Problem& p, const Item& item, std::vector<float>& scratch) {
+  using F = typename Lanes<W>::F;
+  const int64_t ratio = p.num_heads / p.num_kv_heads, size = p.head_size;
+  const int rows = static_cast<int>(item.count * ratio), vectors = (rows + W - 1) / W;
+  const int64_t position = p.kv_lens[item.row] - (p.row_starts[item.row + 1] - item.first);  // of the item's first query
+  const int64_t to = position + item.count;  // keys [begin, to) are visible to some query
+  const int64_t begin = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) / kBlock * kBlock : 0;
+
+  const int64_t packed = vectors * W * size;
+  scratch.resize(2 * packed + 2 * vectors * W + (sizeof(T) == 2 ? 2 * kBlock * size : 0));
+  float *q = scratch.data(), *acc = q + packed, *top = acc + packed, *total = top + vectors * W, *widened = total + vectors * W;
+  auto place = [&](int m) {  // of a query row in q and out
+    return ((item.first + m / ratio) * p.num_heads + item.kv_head * ratio + m % ratio) * size;
+  };
+  for (int v = 0; v < vectors; ++v)
+    for (int64_t h = 0; h < size; h += W) {
+      F some[W];
+      for (int i = 0; i < W; ++i) some[i] = v * W + i < rows ? Load<W>(p.q + place(v * W + i) + h) * p.scale : F{};
+      Transpose<W>(some);
+      std::memcpy(q + (v * size + h) * W, some, sizeof some);
+    }
+  std::fill(acc, acc + packed, 0.0f);
+  std::fill(top, top + vectors * W, kMasked);
+  std::fill(total, total + vectors * W, 0.0f);
+
+  std::vector<int> bounds(2 * vectors * W);
+  int *low = bounds.data(), *high = low + vectors * W;
+  Slots<T> slots;
+  for (int64_t first = begin; first < to; first += kBlock) {
+    Find(p, p.tables + item.row * p.table_width, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), &slots);
+    Block keys, values;
+    for (int j = 0; j < kBlock; ++j) {
+      const T *key = slots.row[j] + item.kv_head * size, *value = key + p.num_kv_heads * size;
+      if constexpr (sizeof(T) == 2) {
+        float* to = widened + 2 * j * size;
+        for (int64_t h = 0; h < size && j < slots.count; ++h) to[h] = Load1(key + h), to[size + h] = Load1(value + h);
+        keys[j] = widened + 2 * std::min(j, slots.count - 1) * size, values[j] = keys[j] + size;
+      } else {
+        keys[j] = key, values[j] = value;
+      }
+    }
+    for (int m = 0; m < vectors * W; ++m) {  // rows that are none see what the last one sees
+      const int64_t seen = position + std::min(m, rows - 1) / ratio + 1 - first;
+      high[m] = static_cast<int>(std::clamp<int64_t>(seen, 0, slots.count));
+      low[m] = p.window > 0 ? static_cast<int>(std::clamp<int64_t>(seen - p.window, 0, high[m])) : 0;
+    }
+    int v = 0;
+    auto step = [&](auto count) __attribute__((always_inline)) {
+      const int64_t from = v * W;
+      PackedStep<W, count()>(p, {q + from * size, acc + from * size, top + from, total + from, low + from, high + from}, keys, values);
+      v += count();
+    };
+    while (vectors - v > 4 || vectors - v == 3) step(std::integral_constant<int, 3>());
+    while (vectors - v > 1) step(std::integral_constant<int, 2>());
+    if (vectors - v == 1) step(std::integral_constant<int, 1>());
+  }
+
+  for (int v = 0; v < vectors; ++v) {
+    const F sum = Load<W>(total + v * W), factor = sum == 0 ? F{} : 1 / sum;
+    for (int64_t h = 0; h < size; h += W) {
+      F some[W];
+      for (int i = 0; i < W; ++i) some[i] = Load<W>(acc + (v * size + h + i) * W) * factor;
+      Transpose<W>(some);
+      for (int i = 0; i < W && v * W + i < rows; ++i) std::memcpy(p.out + place(v * W + i) + h, &some[i], sizeof(F));
+    }
+  }
 }
 
 using Work = void (*)(const Problem&, const Item&, std::vector<float>&);
@@ -281,7 +456,7 @@ using Work = void (*)(const Problem&, const Item&, std::vector<float>&);
 #define PJAX_WORK(name, attributes, W, N)                                                       \
   template <typename T>                                                                         \
   attributes void name##Work(const Problem& p, const Item& item, std::vector<float>& scratch) { \
-    item.count == 1 ? Run<W, N, true, T>(p, item, scratch) : Run<W, N, false, T>(p, item, scratch);                                                           \
+    item.count == 1 ? RunDecode<W, N, T>(p, item, scratch) : RunPrefill<W, T>(p, item, scratch); \
   }
 PJAX_FOR_EACH_LEVEL(PJAX_WORK)
 
@@ -303,7 +478,7 @@ struct Plan {
 // Decode rows are items whole, since a token's heads lie side by side; cut along their keys where threads would have none.
 void MakeItems(Plan* plan, int64_t num_rows, int64_t num_tokens, int64_t num_threads) {
   Problem& p = plan->problem;
-  const int32_t heads = static_cast<int32_t>(p.num_kv_heads);
+  const int32_t heads = static_cast<int32_t>(p.num_kv_heads), tile = std::max(static_cast<int32_t>(kTileRows * heads / p.num_heads), 1);
   p.most_parts = num_tokens >= 2 * num_threads ? 1 : num_threads % num_tokens == 0 ? num_threads / num_tokens : (2 * num_threads + num_tokens - 1) / num_tokens;
   if (p.most_parts > 1) {
     plan->parts.reset(new float[num_tokens * p.most_parts * p.num_heads * (p.head_size + 2)]);
@@ -320,8 +495,8 @@ void MakeItems(Plan* plan, int64_t num_rows, int64_t num_tokens, int64_t num_thr
       for (int32_t part = 0; part < parts; ++part) plan->items.push_back({row, start, 1, 0, heads, part, parts});
     }
     if (end - start < 2) continue;
-    for (int32_t first = start; first < end; first += kQueryTile)
-      for (int32_t k = 0; k < heads; ++k) plan->items.push_back({row, first, std::min(kQueryTile, end - first), k, 1, 0, 1});
+    for (int32_t first = start; first < end; first += tile)
+      for (int32_t k = 0; k < heads; ++k) plan->items.push_back({row, first, std::min(tile, end - first), k, 1, 0, 1});
   }
 }
 
