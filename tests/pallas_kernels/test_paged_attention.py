@@ -44,7 +44,13 @@ class TestReference(KernelSuite):
 class TestNative(KernelSuite):
     backend = "native"
     write_backend = "native"
-    features: ClassVar = ALL + LONG
+    features: ClassVar = [
+        *ALL,
+        *LONG,
+        Feature("mixed", (71, 1, 64), 16),  # more heads share a KV head than a tile of prefill has rows
+        Feature("mixed", (10, 2, 128), 16, options={"sliding_window": 20, "logit_softcap": 2.0}),
+        Feature("chunk", (16, 1, 64), 8, "bfloat16", {"sliding_window": 70}),
+    ]
 
     @classmethod
     def takes(cls, feature: Feature) -> bool:
