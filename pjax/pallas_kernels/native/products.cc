@@ -62,23 +62,52 @@ PJAX_INLINE void Tile(const T* w, int64_t w_stride, const float* x, int64_t x_st
   }
 }
 
-// The same for any number of rows of x.
-template <int W, int N, typename T>
+// The same for one row of x, one row of W after the other as they lie in memory, which the processor's own prefetcher follows best.
+// With one part, sums are added in the order of Tile's.
+template <int W, int kParts>
+PJAX_INLINE void OneRow(const float* w, int64_t w_stride, const float* x, int64_t depth, bool add, float* y) {
+  using F = typename Lanes<W>::F;
+  F sum[kOuts];
+  int64_t i = 0;
+  for (int m = 0; m < kOuts; ++m) {
+    const float* row = w + m * w_stride;
+    F part[4] = {};
+    for (i = 0; i + 4 * W <= depth; i += 4 * W)
+      PJAX_UNROLL for (int k = 0; k < 4; ++k) part[k % kParts] = Held(part[k % kParts] + Load<W>(row + i + k * W) * Load<W>(x + i + k * W));
+    for (; i + W <= depth; i += W) part[0] = Held(part[0] + Load<W>(row + i) * Load<W>(x + i));  // in this order
+    sum[m] = kParts == 1 ? part[0] : (part[0] + part[1]) + (part[2] + part[3]);
+  }
+  Four total = SumEach<W>(sum[0], sum[1], sum[2], sum[3]);
+  for (; i < depth; ++i)
+    for (int m = 0; m < kOuts; ++m) total[m] += w[m * w_stride + i] * x[i];
+  if (add) {
+    Four before;
+    std::memcpy(&before, y, sizeof before);
+    total += before;
+  }
+  std::memcpy(y, &total, sizeof total);
+}
+
+// The same for any number of rows of x. The first of them meet a tile of W that is in no cache (kIsFar): a float32 tile comes with the
+// first row alone, a bfloat16 tile, whose conversions are too many for that, has the next one fetched.
+template <int W, int N, bool kIsFar, typename T>
 PJAX_INLINE void Columns(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t rows, int64_t depth, bool add, float* y,
                          int64_t y_stride) {
   int64_t n = 0;
-  auto tile = [&](auto count, auto fetch) __attribute__((always_inline)) {
-    Tile<W, count(), fetch()>(w, w_stride, x + n * x_stride, x_stride, depth, add, y + n * y_stride, y_stride);
+  if constexpr (kIsFar && sizeof(T) == 4) {
+    if (rows == 1) return OneRow<W, 4>(w, w_stride, x, depth, add, y);
+    OneRow<W, 1>(w, w_stride, x, depth, add, y);
+    n = 1;
+  }
+  auto tile = [&](auto count) __attribute__((always_inline)) {
+    Tile<W, count(), kIsFar && sizeof(T) == 2>(w, w_stride, x + n * x_stride, x_stride, depth, add, y + n * y_stride, y_stride);
     n += count();
   };
-  constexpr std::true_type kFirst;
-  constexpr std::false_type kLater;
-  if (rows >= N) tile(std::integral_constant<int, N>(), kFirst);
-  while (rows - n >= N) tile(std::integral_constant<int, N>(), kLater);
+  while (rows - n >= N) tile(std::integral_constant<int, N>());
   if constexpr (N > 3)
-    if (rows - n >= 3) tile(std::integral_constant<int, 3>(), kLater);
-  if (rows - n == 2) tile(std::integral_constant<int, 2>(), kFirst);
-  if (rows - n == 1) tile(std::integral_constant<int, 1>(), kFirst);
+    if (rows - n >= 3) tile(std::integral_constant<int, 3>());
+  if (rows - n == 2) tile(std::integral_constant<int, 2>());
+  if (rows - n == 1) tile(std::integral_constant<int, 1>());
 }
 
 struct Problem {
@@ -161,9 +190,9 @@ PJAX_INLINE void FewRows(const Problem& p, int64_t first, int64_t last, float* s
       float* y = p.y + m;
       if (widen) {
         Widen<W>(source, p.depth, kOuts, depth, scratch, kDepth);
-        Columns<W, N>(scratch, kDepth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
+        Columns<W, N, false>(scratch, kDepth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
       } else {
-        Columns<W, N>(source, p.depth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
+        Columns<W, N, true>(source, p.depth, p.x + i, p.depth, p.rows, depth, i > 0, y, p.outs);
       }
     }
   }
