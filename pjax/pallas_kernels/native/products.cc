@@ -20,15 +20,24 @@ namespace {
 
 using namespace pjax;
 
-constexpr int kOuts = 4;                // rows of W in a tile
-constexpr int kVectors = 3;             // of packed x in a tile
-constexpr int64_t kDepth = 1536;        // of `in` that one pass takes
-constexpr int64_t kPanel = 192 << 10;   // bytes of W, as float32, that stay in the second cache
-constexpr int64_t kGrain = 96 << 10;    // bytes of W that a thread takes at a time, at least
+constexpr int kOuts = 4;                  // rows of W in a tile
+constexpr int kVectors = 3;               // of packed x in a tile
+constexpr int64_t kDepth = 1536;          // of `in` that one pass takes
+constexpr int64_t kPanel = 192 << 10;     // bytes of W, as float32, that stay in the second cache
+constexpr int64_t kGrain = 96 << 10;      // bytes of W that a thread takes at a time, at least
 constexpr int64_t kPackGrain = 48 << 10;  // bytes of x that a thread packs at a time
 
 // Rows of W in a panel.
 inline int64_t PanelRows(int64_t depth) { return std::max<int64_t>(kPanel / (4 * depth) / kOuts, 1) * kOuts; }
+
+PJAX_INLINE void Put(Four total, bool add, float* to) {
+  if (add) {
+    Four before;
+    std::memcpy(&before, to, sizeof before);
+    total += before;
+  }
+  std::memcpy(to, &total, sizeof total);
+}
 
 // y[n][m] (+)= Σ_i w[m][i] · x[n][i] for kOuts rows of w and N rows of x.
 template <int W, int N, bool kFetch, typename T>
@@ -52,13 +61,7 @@ PJAX_INLINE void Tile(const T* w, int64_t w_stride, const float* x, int64_t x_st
     Four total = SumEach<W>(sum[0][n], sum[1][n], sum[2][n], sum[3][n]);
     for (int64_t j = i; j < depth; ++j)
       for (int m = 0; m < kOuts; ++m) total[m] += Load1(w + m * w_stride + j) * x[n * x_stride + j];
-    float* to = y + n * y_stride;
-    if (add) {
-      Four before;
-      std::memcpy(&before, to, sizeof before);
-      total += before;
-    }
-    std::memcpy(to, &total, sizeof total);
+    Put(total, add, y + n * y_stride);
   }
 }
 
@@ -80,12 +83,7 @@ PJAX_INLINE void OneRow(const float* w, int64_t w_stride, const float* x, int64_
   Four total = SumEach<W>(sum[0], sum[1], sum[2], sum[3]);
   for (; i < depth; ++i)
     for (int m = 0; m < kOuts; ++m) total[m] += w[m * w_stride + i] * x[i];
-  if (add) {
-    Four before;
-    std::memcpy(&before, y, sizeof before);
-    total += before;
-  }
-  std::memcpy(y, &total, sizeof total);
+  Put(total, add, y);
 }
 
 // The same for any number of rows of x. The first of them meet a tile of W that is in no cache (kIsFar): a float32 tile comes with the
@@ -166,15 +164,7 @@ PJAX_INLINE void PackedTile(const float* w, int64_t w_stride, const float* x, in
   PJAX_UNROLL for (int v = 0; v < V; ++v) {
     Four fours[W];  // of each row
     FoursOf<W>(sum[0][v], sum[1][v], sum[2][v], sum[3][v], fours);
-    for (int n = 0; n < std::min<int64_t>(W, rows - v * W); ++n) {
-      float* to = y + (v * W + n) * y_stride;
-      if (add) {
-        Four before;
-        std::memcpy(&before, to, sizeof before);
-        fours[n] += before;
-      }
-      std::memcpy(to, &fours[n], sizeof(Four));
-    }
+    for (int n = 0; n < std::min<int64_t>(W, rows - v * W); ++n) Put(fours[n], add, y + (v * W + n) * y_stride);
   }
 }
 
@@ -220,10 +210,11 @@ PJAX_INLINE void ManyRows(const Problem& p, int64_t first, int64_t last, float* 
             PackedTile<W, number(), fetch()>(w + m * stride, stride, p.x + (v * p.depth + i) * W, p.depth * W, p.rows - v * W, depth, i > 0,
                                              p.y + v * W * p.outs + o + m, p.outs);
         };
-        constexpr std::integral_constant<bool, sizeof(T) == 4> kFirst;
-        constexpr std::false_type kLater;
-        if (count == 2) turn == 0 ? tiles(std::integral_constant<int, 2>(), kFirst) : tiles(std::integral_constant<int, 2>(), kLater);
-        if (count == 3) turn == 0 ? tiles(std::integral_constant<int, 3>(), kFirst) : tiles(std::integral_constant<int, 3>(), kLater);
+        auto some = [&](auto number) __attribute__((always_inline)) {
+          constexpr std::integral_constant<bool, sizeof(T) == 4> kIsFar;  // widened weights are near
+          turn == 0 ? tiles(number, kIsFar) : tiles(number, std::false_type());
+        };
+        count == 3 ? some(std::integral_constant<int, 3>()) : some(std::integral_constant<int, 2>());
         v += count;
       }
     }
