@@ -28,6 +28,7 @@ def test_the_library_was_built() -> None:
 def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int) -> None:
     rng = np.random.default_rng(rows)
     x, kernel = draw(rng, rows, num_in, dtype=dtype), draw(rng, num_out, num_in, dtype=dtype)
+    assert native.library() is not None
     y = jax.jit(products._native)(x, (kernel,), jnp.int32(0))
     assert y.dtype == jnp.float32
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
