@@ -64,12 +64,13 @@ def transformers(model: str, dtype: str) -> Run:
 
     torch.set_num_threads(THREADS)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    loaded.generation_config.eos_token_id = None  # as the others ignore it; min_new_tokens would forbid it, and draw another token
 
     def run(prompts: list[Ids], num_out: list[int], n: int, beam: int) -> list[Ids]:
         made = []
         for prompt, count in zip(prompts, num_out, strict=True):
             ids = torch.tensor([prompt])
-            options: dict[str, Any] = {"do_sample": n > 1, "num_return_sequences": n, "max_new_tokens": count, "min_new_tokens": count}
+            options: dict[str, Any] = {"do_sample": n > 1, "num_return_sequences": n, "max_new_tokens": count}
             options |= {"num_beams": beam} if beam else {}
             out = loaded.generate(ids, attention_mask=torch.ones_like(ids), **options)
             made += out[:, len(prompt) :].tolist()
