@@ -234,7 +234,7 @@ class Group:
                 self._all_gone.set()
         else:
             if kind == "bye":  # the main thread may hang in a step that others did not begin
-                _later(GOODBYE, _exit, 0, f"rank {self.rank} ends with rank 0")
+                _later(GOODBYE, self._end_with_rank_0)
             self._inbox.put((rank, kind, head, arrays))
 
     def _lost(self, rank: int, why: str) -> None:
@@ -276,6 +276,10 @@ class Group:
     def quit(self) -> None:
         """Ends this process now, with status 1 and a last line that says why."""
         _exit(1, f"rank {self.rank} of {self.size} ends: {self.error}")
+
+    def _end_with_rank_0(self) -> None:
+        if not self._closed:  # a process that has ended its work as a host may have other work
+            _exit(0, f"rank {self.rank} ends with rank 0")
 
     def _own_address(self) -> str:
         return os.uname().nodename

@@ -227,6 +227,7 @@ def test_hosts_come_late_and_come_again(monkeypatch: pytest.MonkeyPatch, caplog:
     ended, groups, errors = list[Any](), dict[int, Group](), list[BaseException]()
     monkeypatch.setattr(link, "BEAT", 0.05)
     monkeypatch.setattr(link, "STARTING", 0.5)
+    monkeypatch.setattr(group, "GOODBYE", 1.0)
     monkeypatch.setattr(group, "_exit", lambda *said: ended.append(said))
     caplog.set_level("WARNING")
     port = free_port()
@@ -255,6 +256,8 @@ def test_hosts_come_late_and_come_again(monkeypatch: pytest.MonkeyPatch, caplog:
     assert not errors and not ended and sorted(groups) == [0, 1, 2]
     for one in (groups[1], groups[2], groups[0]):
         assert one.close()
+    time.sleep(1.5)  # whoever has ended in order may go on with other work
+    assert not ended
 
 
 ROWS, LENGTH, PAGE = 64, 8192, 16
