@@ -121,11 +121,29 @@ struct Slots {
   int count;
 };
 
-// Keys or values of one head and one block, and those that come after them, which are fetched meanwhile.
+// Keys or values of one head and one block.
 template <typename T>
 struct Strip {
-  const T *const *row, *const *next_row;
-  int64_t offset, next_offset;
+  const T* const* row;
+  int64_t offset;
+};
+
+// Lines of the block that comes next, fetched in the order in which they lie, some at a time: memory is slower where a head's keys are
+// fetched on their own, 256 bytes of each 1.5 kB.
+template <typename T>
+struct Fetch {
+  const T* const* row;
+  int64_t bytes;  // of a row
+  int count, some;
+  int64_t at = 0;
+  int j = 0;
+
+  PJAX_INLINE void Some() {
+    for (int i = 0; i < some && j < count; ++i) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row[j]) + at);
+      if ((at += 64) >= bytes) at = 0, ++j;
+    }
+  }
 };
 
 template <typename T>
@@ -143,16 +161,16 @@ PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int
 
 // logits[r][j] = q[r] · key j for R query rows and, at least, j in [low, high).
 template <int W, int R, typename T>
-PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip, int low, int high,
+PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high,
                        float (*logits)[kBlock]) {
   using F = typename Lanes<W>::F;
   for (int j = low / kKeys * kKeys; j < high; j += kKeys) {
+    fetch.Some();
     F sum[kKeys][R] = {};
     for (int64_t h = 0; h < head_size; h += W) {
       F factors[R];
       PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(Load<W>(q + r * head_size + h));
       PJAX_UNROLL for (int k = 0; k < kKeys; ++k) {
-        __builtin_prefetch(strip.next_row[j + k] + strip.next_offset + h);
         const F key = Held(Load<W>(strip.row[j + k] + strip.offset + h));
         PJAX_UNROLL for (int r = 0; r < R; ++r) sum[k][r] += key * factors[r];
       }
@@ -166,16 +184,16 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip,
 
 // acc[r] = acc[r] · shrink[r] + Σ_j weights[r][j] · value j for R query rows and V vectors of the head, from h on.
 template <int W, int R, int V, typename T>
-PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, int64_t h, float* acc) {
+PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high, int64_t h, float* acc) {
   using F = typename Lanes<W>::F;
   F sum[R][V];
   PJAX_UNROLL for (int r = 0; r < R; ++r)
     PJAX_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = Load<W>(acc + r * head_size + h + v * W) * shrink[r];
   for (int j = low; j < high; ++j) {
+    if (j % kKeys == 0) fetch.Some();
     F factors[R];
     PJAX_UNROLL for (int r = 0; r < R; ++r) factors[r] = Held(F{} + weights[r][j]);
     PJAX_UNROLL for (int v = 0; v < V; ++v) {
-      __builtin_prefetch(strip.next_row[j] + strip.next_offset + h + v * W);
       const F value = Held(Load<W>(strip.row[j] + strip.offset + h + v * W));
       PJAX_UNROLL for (int r = 0; r < R; ++r) sum[r][v] += value * factors[r];
     }
@@ -186,12 +204,12 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
 
 // The same for the whole head.
 template <int W, int R, typename T>
-PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, int low, int high, float* acc) {
+PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high, float* acc) {
   constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
   int64_t h = 0;
   auto add = [&](auto vectors) __attribute__((always_inline)) {
     for (; h + vectors() * W <= head_size; h += vectors() * W)
-      AddSome<W, R, vectors()>(weights, shrink, head_size, strip, low, high, h, acc);
+      AddSome<W, R, vectors()>(weights, shrink, head_size, strip, fetch, low, high, h, acc);
   };
   add(std::integral_constant<int, kWide>());
   if constexpr (kWide > 4) add(std::integral_constant<int, 4>());
@@ -205,14 +223,14 @@ struct Rows {
 
 // One flash step of the query rows [m, m + R) and one KV head, over keys [low, high) of a block.
 template <int W, int R, typename T>
-PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, int low, int high, int m) {
+PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, Fetch<T>& fetch, int low, int high, int m) {
   alignas(64) float logits[R][kBlock];
   float shrink[R];
   const int64_t size = p.head_size, values = p.num_kv_heads * size;
-  Score<W, R>(rows.q + m * size, size, strip, low, high, logits);
+  Score<W, R>(rows.q + m * size, size, strip, fetch, low, high, logits);
   for (int r = 0; r < R; ++r) shrink[r] = Soften(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
-  strip.offset += values, strip.next_offset += values;
-  Add<W, R>(logits, shrink, size, strip, low, high, rows.acc + m * size);
+  strip.offset += values;
+  Add<W, R>(logits, shrink, size, strip, fetch, low, high, rows.acc + m * size);
 }
 
 // out[h] of query row m of `all`, from the sums of all parts.
@@ -254,21 +272,26 @@ PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float
   Slots<T> slots[2];
   int turn = 0;
   auto find = [&](int64_t first, Slots<T>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), found); };
-  if (from < to) find(from, &slots[0]);
+  const int64_t row_bytes = 2 * p.num_kv_heads * size * static_cast<int64_t>(sizeof(T));
+  // Score and Add fetch kBlock / kKeys times each, for N query rows of a head.
+  const int64_t times = 2 * kBlock / kKeys * item.num_kv_heads * ((rows + N - 1) / N);
+  const int some = static_cast<int>((kBlock * row_bytes / 64 + times - 1) / times);
+  if (from < to) {
+    find(from, &slots[0]);
+    Fetch<T>{slots[0].row, row_bytes, slots[0].count, kBlock * 64}.Some();
+  }
   for (int64_t first = from; first < to; first += kBlock, turn ^= 1) {
     const Slots<T>& now = slots[turn];
     const bool is_last = first + kBlock >= to;
     if (!is_last) find(first + kBlock, &slots[turn ^ 1]);
-    const Slots<T>& next = slots[is_last ? turn : turn ^ 1];
     const int low = static_cast<int>(std::clamp<int64_t>(seen - first, 0, now.count));
     if (low == now.count) continue;
+    Fetch<T> fetch{slots[turn ^ 1].row, row_bytes, is_last ? 0 : slots[turn ^ 1].count, some};
     for (int k = 0; k < item.num_kv_heads; ++k) {
-      const bool is_next_head = k + 1 < item.num_kv_heads;
-      const int64_t offset = (item.kv_head + k) * size;
-      const Strip<T> strip{now.row, is_next_head ? now.row : next.row, offset, is_next_head ? offset + size : item.kv_head * size};
+      const Strip<T> strip{now.row, (item.kv_head + k) * size};
       int m = 0;
       auto step = [&](auto count) __attribute__((always_inline)) {
-        for (; m + count() <= rows; m += count()) Step<W, count()>(p, of_head(k), strip, low, now.count, m);
+        for (; m + count() <= rows; m += count()) Step<W, count()>(p, of_head(k), strip, fetch, low, now.count, m);
       };
       step(std::integral_constant<int, N>());
       if constexpr (N > 3) step(std::integral_constant<int, 3>());
