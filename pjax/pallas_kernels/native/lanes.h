@@ -114,6 +114,19 @@ PJAX_INLINE typename Lanes<W>::F Spread(float x) {
   return v;
 }
 
+// to[m][i] = w[m][i] for `count` rows of `depth`, as float32.
+template <int W, typename T>
+PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t depth, float* to, int64_t stride) {
+  for (int64_t m = 0; m < count; ++m) {
+    int64_t i = 0;
+    for (; i + W <= depth; i += W) {
+      const auto wide = Load<W>(w + m * w_stride + i);
+      std::memcpy(to + m * stride + i, &wide, sizeof wide);
+    }
+    for (; i < depth; ++i) to[m * stride + i] = Load1(w + m * w_stride + i);
+  }
+}
+
 // A function for each level of x86 in one library, each with all that it calls inlined: PJAX_FOR_EACH_LEVEL(DEFINE) is
 // DEFINE(name, attributes, W, N), N being the rows that share a load of four others, as many as the registers hold sums for.
 #if defined(__x86_64__)

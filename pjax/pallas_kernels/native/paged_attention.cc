@@ -52,26 +52,9 @@ struct Item {
   int32_t row, first, count, kv_head, num_kv_heads, part, parts;
 };
 
-// e^x for x <= 0 within 2 units in the last place, in a form that compilers vectorise (Cody and Waite's reduction).
-PJAX_INLINE float Exp(float x) {
-  float bounded = x < -87.0f ? -87.0f : x;
-  float n = std::floor(bounded * 1.44269504f + 0.5f);
-  float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : p * power;
-}
-
+// e^x of each x <= 0 within 2 units in the last place (Cody and Waite's reduction).
 template <int W>
-PJAX_INLINE typename Lanes<W>::F ExpOfEach(typename Lanes<W>::F x) {
+PJAX_INLINE typename Lanes<W>::F Exp(typename Lanes<W>::F x) {
   using F = typename Lanes<W>::F;
   using I = typename Lanes<W>::I;
   const F bounded = x < -87.0f ? Spread<W>(-87.0f) : x;
@@ -89,9 +72,11 @@ PJAX_INLINE typename Lanes<W>::F ExpOfEach(typename Lanes<W>::F x) {
   std::memcpy(&power, &bits, sizeof bits);
   return x < -87.0f ? F{} : p * power;
 }
+PJAX_INLINE float Exp(float x) { return Exp<4>(Spread<4>(x))[0]; }
 
 // Turns logits [kBlock] of which [low, high) are visible into weights, and keeps the running maximum and sum.
 // Returns the factor by which what was accumulated before shrinks.
+template <int W>
 PJAX_INLINE float Soften(float* logits, int low, int high, float softcap, float* top, float* total) {
   if (softcap > 0)
     for (int j = low; j < high; ++j) logits[j] = softcap * std::tanh(logits[j] / softcap);
@@ -103,11 +88,14 @@ PJAX_INLINE float Soften(float* logits, int low, int high, float softcap, float*
     for (int j = 0; j < kBlock; ++j) logits[j] = 0;
     return 1.0f;
   }
-  float sum = 0;
-  for (int j = 0; j < kBlock; ++j) {
-    logits[j] = Exp(logits[j] - most);
-    sum += logits[j];
+  typename Lanes<W>::F sums = {};
+  for (int j = 0; j < kBlock; j += W) {
+    const auto weights = Exp<W>(Load<W>(logits + j) - most);
+    std::memcpy(logits + j, &weights, sizeof weights);
+    sums += weights;
   }
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += sums[i];
   float shrink = Exp(*top - most);
   *total = *total * shrink + sum;
   *top = most;
@@ -184,7 +172,8 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip,
 
 // acc[r] = acc[r] · shrink[r] + Σ_j weights[r][j] · value j for R query rows and V vectors of the head, from h on.
 template <int W, int R, int V, typename T>
-PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high, int64_t h, float* acc) {
+PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
+                         int low, int high, int64_t h, float* acc) {
   using F = typename Lanes<W>::F;
   F sum[R][V];
   PJAX_UNROLL for (int r = 0; r < R; ++r)
@@ -204,7 +193,8 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
 
 // The same for the whole head.
 template <int W, int R, typename T>
-PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high, float* acc) {
+PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
+                     int low, int high, float* acc) {
   constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
   int64_t h = 0;
   auto add = [&](auto vectors) __attribute__((always_inline)) {
@@ -228,7 +218,7 @@ PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, Fetch<
   float shrink[R];
   const int64_t size = p.head_size, values = p.num_kv_heads * size;
   Score<W, R>(rows.q + m * size, size, strip, fetch, low, high, logits);
-  for (int r = 0; r < R; ++r) shrink[r] = Soften(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
+  for (int r = 0; r < R; ++r) shrink[r] = Soften<W>(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
   strip.offset += values;
   Add<W, R>(logits, shrink, size, strip, fetch, low, high, rows.acc + m * size);
 }
@@ -360,9 +350,9 @@ PJAX_INLINE void PackedSoften(const Packed& rows, int first, int last, bool all,
   // Where nothing is visible, or NaN, which is greater than nothing and has to stay:
   PJAX_UNROLL for (int v = 0; v < V; ++v) base[v] = most[v] == kMasked ? F{} : most[v];
   for (int j = first; j < last; ++j)
-    PJAX_UNROLL for (int v = 0; v < V; ++v) sum[v] += weights[j][v] = ExpOfEach<W>(weights[j][v] - base[v]);
+    PJAX_UNROLL for (int v = 0; v < V; ++v) sum[v] += weights[j][v] = Exp<W>(weights[j][v] - base[v]);
   PJAX_UNROLL for (int v = 0; v < V; ++v) {
-    shrink[v] = ExpOfEach<W>(top[v] - base[v]);
+    shrink[v] = Exp<W>(top[v] - base[v]);
     total[v] = total[v] * shrink[v] + sum[v];
   }
   std::memcpy(rows.top, most, sizeof most);
@@ -440,9 +430,9 @@ PJAX_INLINE void RunPrefill(const Problem& p, const Item& item, std::vector<floa
     for (int j = 0; j < kBlock; ++j) {
       const T *key = slots.row[j] + item.kv_head * size, *value = key + p.num_kv_heads * size;
       if constexpr (sizeof(T) == 2) {
-        float* to = widened + 2 * j * size;
-        for (int64_t h = 0; h < size && j < slots.count; ++h) to[h] = Load1(key + h), to[size + h] = Load1(value + h);
-        keys[j] = widened + 2 * std::min(j, slots.count - 1) * size, values[j] = keys[j] + size;
+        float* to = widened + 2 * std::min(j, slots.count - 1) * size;
+        if (j < slots.count) Widen<W>(key, value - key, 2, size, to, size);
+        keys[j] = to, values[j] = to + size;
       } else {
         keys[j] = key, values[j] = value;
       }

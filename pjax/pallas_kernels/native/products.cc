@@ -116,19 +116,6 @@ struct Problem {
   bool is_packed;
 };
 
-// to[stride·m + i] = w[m][i], as float32.
-template <int W, typename T>
-PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t depth, float* to, int64_t stride) {
-  for (int64_t m = 0; m < count; ++m) {
-    int64_t i = 0;
-    for (; i + W <= depth; i += W) {
-      const auto wide = Load<W>(w + m * w_stride + i);
-      std::memcpy(to + m * stride + i, &wide, sizeof wide);
-    }
-    for (; i < depth; ++i) to[m * stride + i] = Load1(w + m * w_stride + i);
-  }
-}
-
 // W rows of x [rows, depth], of which there are `rows`, side by side: to[depth][W].
 template <int W, typename X>
 PJAX_INLINE void Pack(const X* x, int64_t rows, int64_t depth, float* to) {
