@@ -132,6 +132,7 @@ def command_of(name: str, folder: Path, dtype: str) -> tuple[list[str], dict[str
     python = sys.executable if name == "pjax" else str(folder / environment / "bin" / "python")
     model = {"llama_cpp": f"{dtype}.gguf", "ctranslate2": "ct2"}.get(name, dtype)
     env = os.environ | {"PEERS_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # a source tree keeps what was compiled too, as installed packages do
     if name == "pjax":
         env["PYTHONPATH"] = str(HERE.parents[1])
     if name == "vllm":

@@ -134,7 +134,7 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", mes
             stacked = config.num_layers if layer_mode == "scan" else 0
             if shares is not None:
                 return shares.load(tensors.sources, tensors.read, stacked_layers=stacked, progress=progress)
-            return load_into(abstract, tensors.sources, tensors.read, stacked_layers=stacked, progress=progress, shardings=shardings)
+            return load_into(abstract, tensors.sources, tensors.rows, stacked_layers=stacked, progress=progress, shardings=shardings)
 
     return ModelSource(
         config=config,

@@ -54,7 +54,11 @@ class ModelTensors:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor by its Hugging Face name, in Hugging Face's order."""
-        array = self.checkpoint.read(self.stored_names[name])
+        return np.asarray(self.rows(name))
+
+    def rows(self, name: str) -> Any:
+        """As `read`; what it gives may be made only where rows are taken."""
+        array = self.checkpoint.rows(self.stored_names[name])
         if self.checkpoint.format != "gguf":
             return array
         if name in self._transposed:

@@ -86,7 +86,10 @@ class Source:
         return {name: parameter[end - shape[0] : end] for (name, shape), end in zip(self.parts, ends, strict=True)}
 
     def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray], bad: list[str]) -> None:
-        """Reads each part into its rows of `target`; names those with NaN or infinite values, as they are after the cast, in `bad`."""
+        """Reads each part into its rows of `target`; names those with NaN or infinite values, as they are after the cast, in `bad`.
+
+        What `read` gives is taken by slices of rows, in several threads.
+        """
         start = 0
         for name, _ in self.parts:
             array = read(name).T if self.transposed else read(name)

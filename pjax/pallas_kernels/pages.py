@@ -49,6 +49,16 @@ def new_pool(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     return zeros() if native.library() is None else lax.platform_dependent(cpu=untouched, default=zeros)
 
 
+def use_large_pages(pool: jax.Array) -> None:
+    """Asks the system to back a CPU's pool with its large pages from now on (2 MiB; the pool's pages are some KiB).
+
+    A step of 32 rows with contexts of 500 tokens takes a sixth less time so. A short prompt is better off without: its tokens lie in every
+    layer's part of the pool, and each would cost a large page's zeros before the first token comes.
+    """
+    if next(iter(pool.devices())).platform == "cpu" and (library := native.library()) is not None:
+        library.PjaxUseLargePages(pool.unsafe_buffer_pointer(), pool.nbytes)
+
+
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:
     """Bytes that one page costs over all layers: `2·L·G·K·H·itemsize`."""
     return 2 * num_layers * page_size * num_kv_heads * head_size * jnp.dtype(dtype).itemsize

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,7 +24,7 @@ from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
-from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape
+from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, use_large_pages
 from pjax.params import MAX_CANDIDATES, LogitRules
 from pjax.runner.adjust import LogitsProcessor
 from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
@@ -31,7 +32,7 @@ from pjax.runner.executables import Executables
 from pjax.runner.mirror import COMPILE, Mirror, NewRow
 from pjax.runner.processors import check_processors
 from pjax.runner.prompt_logprobs import PromptScores
-from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens
+from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens, zeros
 from pjax.runner.sampler import ROWS, Sampled
 from pjax.runner.sampling_arrays import SamplingTable, flags_of
 from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
@@ -42,6 +43,8 @@ from pjax.scheduler.plan import StepPlan
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
+SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of steps that go without large pages for the pool
+FEW_CORES = 2  # that one compilation keeps busy: the step that is needed first has them to itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,9 @@ class ModelRunner:
         self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
         tokens_shape = (config.max_num_seqs, config.max_model_len)
         self._tokens_struct = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=self._input_sharding)
+        facts = (model.graph, self._abstract_params, c, replace(config, num_host_slots=0, logits_processors={}, step_folder=None))
+        self._executables = Executables(config.step_folder, *facts)
+        self._has_large_pages = False
         try:
             self._pages, self._tokens = self._new_pool(), self._new_tokens()
         except (RuntimeError, MemoryError) as error:
@@ -128,8 +134,6 @@ class ModelRunner:
         most = min(MAX_CANDIDATES, self._vocab_size)
         step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary, tuple(processors.values()))
         self._step = step if shares is None else shard_step(step, shares)
-        facts = (model.graph, self._abstract_params, c, replace(config, num_host_slots=0, logits_processors={}, step_folder=None))
-        self._executables = Executables(config.step_folder, *facts)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
@@ -181,6 +185,9 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         step = self._compiled_step(bucket)
+        if not self._has_large_pages and (bucket.num_tokens > SHORT_STEP or bucket.num_rows > FEW_ROWS):
+            use_large_pages(self._pages)
+            self._has_large_pages = True
         if self._swap is not None:
             self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
         self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
@@ -239,11 +246,14 @@ class ModelRunner:
 
     def _new_pool(self) -> jax.Array:
         struct = self._pool_struct
-        return jax.jit(lambda: new_pool(struct.shape, struct.dtype), out_shardings=self._pool_format)()
+        self._has_large_pages = False
+        make = jax.jit(lambda: new_pool(struct.shape, struct.dtype), out_shardings=self._pool_format)
+        pool: jax.Array = self._executables.get("pool", lambda: make.lower().compile())()
+        return pool
 
     def _new_tokens(self) -> jax.Array:
         # Committed, as it comes back from a step: else writing its rows would be compiled twice.
-        return jnp.zeros(self._tokens_struct.shape, jnp.int32, device=self._input_sharding or jax.local_devices()[0])
+        return zeros(self._tokens_struct.shape, jnp.int32, self._input_sharding or SingleDeviceSharding(jax.local_devices()[0]))
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
@@ -269,16 +279,22 @@ class ModelRunner:
         self._pages, count, seconds = self._swap.measure(self._pages)
         return count, seconds
 
-    def prefetch(self, bucket: Bucket) -> None:
-        """Starts compiling a bucket's step in the background."""
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a step is being compiled in the background."""
+        return any(not future.done() for future in self._pending.values())
+
+    def prefetch(self, bucket: Bucket, *, in_turn: bool = False) -> None:
+        """Starts compiling a bucket's step in the background; `in_turn`: when those before it are done."""
         if bucket not in self._compiled and bucket not in self._pending:
-            self._pending[bucket] = self._pool.submit(self._compile, bucket)
+            earlier = list(self._pending.values()) if in_turn else []
+            self._pending[bucket] = self._pool.submit(self._compile, bucket, earlier)
 
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
-        """Starts compiling the step that a plan of this size would take."""
+        """Starts compiling the step that a plan of this size would take; on few cores after those that are needed before it."""
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
         with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
-            self.prefetch(bucket)
+            self.prefetch(bucket, in_turn=(os.cpu_count() or 1) <= FEW_CORES)
 
     def _compiled_step(self, bucket: Bucket) -> Any:
         if bucket not in self._compiled:
@@ -289,7 +305,8 @@ class ModelRunner:
                 self.on_compiled()
         return self._compiled[bucket]
 
-    def _compile(self, bucket: Bucket) -> Any:
+    def _compile(self, bucket: Bucket, earlier: Sequence[Future[Any]]) -> Any:
+        wait(earlier)  # they are running: this thread had to take them first
         started = time.perf_counter()
         compiled = self._executables.get(bucket.name, partial(self._lower_and_compile, bucket))
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)

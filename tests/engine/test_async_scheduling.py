@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 
 from pjax import LLM, BeamSearchParams, RequestOutput, SamplingParams
+from pjax.config import EngineConfig
 from pjax.engine import LLMEngine
+from pjax.runner.batch import Bucket
+from pjax.runner.runner import ModelRunner
 from tests.engine import common
 from tests.engine.common import VOCAB, greedy
 
@@ -125,3 +129,23 @@ def test_a_failing_device_loses_only_time(llm: LLM, waiting: LLM, monkeypatch: p
     assert {name: [o.token_ids for o in output.outputs] for name, output in done.items()} == {
         name: [o.token_ids for o in output.outputs] for name, output in expected.items()
     }
+
+
+def test_tokens_do_not_wait_for_a_step_that_is_being_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lazy engine's first token comes while the step of the second is not there yet."""
+    compile_it, may_go_on = ModelRunner._lower_and_compile, threading.Event()
+
+    def later(runner: ModelRunner, bucket: Bucket) -> Any:
+        assert not bucket.decode_only or may_go_on.wait(60)
+        return compile_it(runner, bucket)
+
+    monkeypatch.setattr(ModelRunner, "_lower_and_compile", later)
+    engine = LLMEngine(folder, EngineConfig(**{k: v for k, v in OPTIONS.items() if k != "progress"}, compilation_cache_dir=None))
+    engine.add_request([1, 2, 3], greedy(4))
+    engine.prefetch()
+    (output,) = engine.step()
+    assert len(output.outputs[0].token_ids) == 1 and not may_go_on.is_set()
+    may_go_on.set()
+    while not output.finished:
+        (output,) = engine.step()
+    assert len(output.outputs[0].token_ids) == 4

@@ -255,11 +255,16 @@ def test_gguf_tensors(tmp_path: Path) -> None:
 
 
 def test_gguf_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pjax.models.checkpoints.gguf_file.CHUNK_ELEMENTS", 1000)  # 15 rows of 64 at once
+    monkeypatch.setattr("pjax.models.checkpoints.quantised.CHUNK_ELEMENTS", 1000)  # 15 rows of 64 at once
     data, line = quantize(normal(5, 7, 64), Type.Q8_0), quantize(normal(96), Type.Q8_0)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "a.gguf", {"x": (data, Type.Q8_0), "line": (line, Type.Q8_0)}))
     np.testing.assert_array_equal(checkpoint.read("x"), dequantize(data, Type.Q8_0))
     np.testing.assert_array_equal(checkpoint.read("line"), dequantize(line, Type.Q8_0))
+    rows = checkpoint.rows("x")
+    assert (len(rows), rows.shape, rows.size, rows.dtype) == (5, (5, 7, 64), 5 * 7 * 64, np.float32)
+    for index in (slice(1, 4), slice(4, None), slice(2, 2), slice(None, None, 2), (slice(None), 3), 2):
+        np.testing.assert_array_equal(rows[index], dequantize(data, Type.Q8_0)[index])
+    np.testing.assert_array_equal(rows.T, dequantize(data, Type.Q8_0).T)
 
 
 def test_gguf_unsupported_type(tmp_path: Path) -> None:

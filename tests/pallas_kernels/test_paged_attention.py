@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_targets
 from pjax.pallas_kernels.kv_write import SlotTargets
 from pjax.pallas_kernels.paged_attention import api, native
+from pjax.pallas_kernels.pages import new_pool, use_large_pages
 from tests.pallas_kernels.suite import CASES, FEATURES, Feature, KernelSuite, Step, make_step
 
 # These run fast: every case with every kind of shape, sizes that no accelerator's kernel has included.
@@ -126,6 +129,18 @@ def test_a_pool_that_is_not_given_away_stays_as_it_is() -> None:
     out = jax.jit(lambda pool, keys: targets.write(pool, keys, keys, 0))(pool, jnp.ones((1, 2, 8)))
     assert float(out.sum()) == 32
     assert float(pool.sum()) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_large_pages_keep_what_is_written() -> None:
+    pool = jax.jit(lambda: new_pool((64, 16, 8192), jnp.float32))()  # 32 MiB
+    pool = jax.jit(lambda pool: pool.at[1::2].set(jnp.arange(8192.0)), donate_argnums=0)(pool)
+    use_large_pages(pool)
+    np.testing.assert_array_equal(pool[1::2], np.broadcast_to(np.arange(8192, dtype=np.float32), (32, 16, 8192)))
+    mapped = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL)
+    middle = pool.unsafe_buffer_pointer() + pool.nbytes // 2
+    (flags,) = [flags for start, end, flags in mapped if int(start, 16) <= middle < int(end, 16)]
+    assert "hg" in flags.split()
 
 
 @pytest.mark.parametrize(

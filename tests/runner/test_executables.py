@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -59,7 +60,18 @@ def test_a_second_engine_compiles_nothing(model: Path, tmp_path: Path, monkeypat
     first = tokens(model, tmp_path)
     assert files(tmp_path)
     no_compiling(monkeypatch)
-    assert tokens(model, tmp_path) == first
+    compiled: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert tokens(model, tmp_path) == first
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled  # the pool's program neither
 
 
 def test_the_pool_of_a_step_from_disk_is_updated_in_place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

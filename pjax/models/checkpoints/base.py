@@ -47,6 +47,10 @@ class Checkpoint(ABC):
         Raises CheckpointError when there is no such tensor, UnsupportedError when its type is not supported.
         """
 
+    def rows(self, name: str) -> Any:
+        """As `read`; what it gives may be made only where rows are taken, by slices of the first axis and in any thread."""
+        return self.read(name)
+
     def close(self) -> None:
         """Closes what is open; nothing can be read afterwards. Arrays that were read stay valid."""
 

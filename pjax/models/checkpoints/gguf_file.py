@@ -10,19 +10,18 @@ import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
-from gguf.quants import dequantize
 
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.gguf_header import TensorInfo, read_gguf_header
 from pjax.models.checkpoints.base import Checkpoint
 from pjax.models.checkpoints.gguf_config import ROPE_FACTORS, hf_config
+from pjax.models.checkpoints.quantised import Quantised, dequantised
 
 SUPPORTED = (
     *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1),
     *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
 )
 PLAIN = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16), Type.BF16: np.dtype(ml_dtypes.bfloat16)}
-CHUNK_ELEMENTS = 1 << 16  # dequantised at once: temporaries that stay in the second cache, three times as fast as with 1 << 18
 
 
 class GGUFFile(Checkpoint):
@@ -85,6 +84,10 @@ class GGUFFile(Checkpoint):
 
         Rows keep GGUF's order (of llama's rotary pairs, say), and kernels are [out, in].
         """
+        return np.asarray(self.rows(name))
+
+    def rows(self, name: str) -> Any:
+        """As `read`, but what has to be dequantised is so where its rows are taken."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         info = self._tensors[name]
@@ -92,13 +95,7 @@ class GGUFFile(Checkpoint):
         data = np.asarray(self._data[info.offset : info.offset + math.prod(byte_shape)])
         if kind in PLAIN:
             return data.view(PLAIN[kind]).reshape(shape)
-        values = np.empty(math.prod(shape), np.float32)
-        block, size = GGML_QUANT_SIZES[kind]
-        step = CHUNK_ELEMENTS // block
-        for start in range(0, len(values) // block, step):  # as one long row, which `dequantize` takes in one piece
-            part = data[start * size : (start + step) * size]
-            values[start * block : (start + step) * block] = dequantize(part, kind)
-        return values.reshape(shape)
+        return Quantised(data, shape, kind) if len(shape) > 1 else dequantised(data, math.prod(shape), kind)
 
     def close(self) -> None:
         """Forgets the tensors; the file is unmapped with the last array that views it."""

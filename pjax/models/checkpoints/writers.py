@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Tensors(Protocol):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def rows(self, name: str) -> Any: ...
 
 
 def make_writer(format: str, tensors: Tensors, dtype: str, max_shard_size: int) -> SafetensorsWriter | OrbaxWriter:
@@ -69,7 +69,7 @@ class SafetensorsWriter:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in shard.keys:
                 array = np.empty(self._shapes[name], DTYPES[self._dtype])
-                if count := copy_and_check(array, self._tensors.read(name)):
+                if count := copy_and_check(array, self._tensors.rows(name)):
                     bad.append(f"{name} ({count} of {array.size})")
                 file.write(array.reshape(-1).view(np.uint8).data)
 
@@ -102,7 +102,7 @@ class OrbaxWriter:
         arrays = {}
         for key in shard.keys:
             arrays[key] = np.empty(self._parameters[key].shape, DTYPES[self._dtype])
-            self._tensors.sources[key].fill(arrays[key], self._tensors.read, bad)
+            self._tensors.sources[key].fill(arrays[key], self._tensors.rows, bad)
         write_group(path, arrays)
 
     def finish(self, folder: Path) -> None:

@@ -12,16 +12,22 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-ffi::Error Reserve(ffi::Result<ffi::AnyBuffer> pool) {
-#if defined(__linux__)  // large pages: fewer faults, and a pool is read in pieces that are far apart
-  constexpr std::uintptr_t kPage = 4096;
-  const auto start = (reinterpret_cast<std::uintptr_t>(pool->untyped_data()) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(pool->untyped_data()) + pool->size_bytes()) / kPage * kPage;
-  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#endif
-  return ffi::Error::Success();
-}
+ffi::Error Reserve(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PjaxReserve, Reserve, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
+
+// Asks for large pages from here on, and in place of what was touched already: fewer faults, and a pool is read in pieces that are
+// far apart. A system that does not know one or the other refuses it, and nothing is lost.
+extern "C" void PjaxUseLargePages(void* pool, std::uint64_t num_bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = 4096;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
+  const auto first = (reinterpret_cast<std::uintptr_t>(pool) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(pool) + num_bytes) / kPage * kPage;
+  if (end <= first) return;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), end - first, kCollapse);
+#endif
+}
