@@ -56,7 +56,8 @@ def use_large_pages(pool: jax.Array) -> None:
     layer's part of the pool, and each would cost a large page's zeros before the first token comes.
     """
     if next(iter(pool.devices())).platform == "cpu" and (library := native.library()) is not None:
-        library.PjaxUseLargePages(pool.unsafe_buffer_pointer(), pool.nbytes)
+        for share in pool.addressable_shards:
+            library.PjaxUseLargePages(share.data.unsafe_buffer_pointer(), share.data.nbytes)
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:

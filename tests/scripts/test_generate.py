@@ -88,7 +88,8 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, model: Pa
 def test_tensor_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text from two devices; more than there are is refused."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    common = ("one two", "--model", str(model), "--max-tokens", "6", "--ignore-eos", "--tensor-parallel-size")
+    prompt = "one two " * 10  # more tokens than a step has that goes without large pages
+    common = (prompt, "--model", str(model), "--max-tokens", "6", "--ignore-eos", "--tensor-parallel-size")
     one, two, three = (generate(*common, size, cache=tmp_path) for size in "123")
     assert two.returncode == 0, two.stderr
     assert two.stdout == one.stdout and two.stdout.strip()

@@ -40,6 +40,8 @@ class Quantised:
         return np.asarray(self[:], dtype)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # numpy would take the memory of an array that nobody keeps, by its __array_interface__
+            raise AttributeError(name)
         return getattr(self.__array__(), name)
 
 
