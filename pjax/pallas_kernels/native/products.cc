@@ -3,8 +3,9 @@
 //
 // XLA's product library repacks one side of each product. With few rows that costs as much as the product: here weights are read
 // where they lie, once. Few rows of x: four rows of W against three of x, sums along `in` staying in registers until the end. Many:
-// x is packed so that a vector is one number of W rows of it, four rows of W against three such vectors, no sums across lanes. The
-// weights of all layers are operands, of which `index` picks one: a loop over layers needs no conditional, and copies nothing.
+// x is packed so that a vector is one number of W rows of it, four rows of W against three such vectors, or eight against one, no sums
+// across lanes. The weights of all layers are operands, of which `index` picks one: a loop over layers needs no conditional, and copies
+// nothing.
 
 #include <cstring>
 #include <memory>
@@ -131,27 +132,30 @@ PJAX_INLINE void Pack(const X* x, int64_t rows, int64_t depth, float* to) {
     for (int m = 0; m < W; ++m) to[i * W + m] = m < rows ? Load1(x + m * depth + i) : 0.0f;
 }
 
-// y[n][m] (+)= Σ_i w[m][i] · x[n][i] for kOuts rows of w and V vectors of packed x, of whose rows there are `rows`.
-template <int W, int V, bool kFetch>
+// y[n][m] (+)= Σ_i w[m][i] · x[n][i] for M rows of w and V vectors of packed x, of whose rows there are `rows`.
+template <int W, int M, int V, bool kFetch>
 PJAX_INLINE void PackedTile(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t rows, int64_t depth, bool add,
                             float* y, int64_t y_stride) {
   using F = typename Lanes<W>::F;
-  F sum[kOuts][V] = {};
+  constexpr int kLine = 16;  // numbers
+  F sum[M][V] = {};
 #pragma GCC unroll 4
   for (int64_t i = 0; i < depth; ++i) {
     if constexpr (kFetch)  // a line of one of the next tile's rows
-      if (i % 4 == 0) __builtin_prefetch(w + (kOuts + i / 4 % 4) * w_stride + i / 16 * 16);
+      if (i % (kLine / M) == 0) __builtin_prefetch(w + (M + i / (kLine / M) % M) * w_stride + i / kLine * kLine);
     F factors[V];
     PJAX_UNROLL for (int v = 0; v < V; ++v) factors[v] = Held(Load<W>(x + v * x_stride + i * W));
-    PJAX_UNROLL for (int m = 0; m < kOuts; ++m) {
+    PJAX_UNROLL for (int m = 0; m < M; ++m) {
       const F weight = Held(Spread<W>(w[m * w_stride + i]));
       PJAX_UNROLL for (int v = 0; v < V; ++v) sum[m][v] += weight * factors[v];
     }
   }
   PJAX_UNROLL for (int v = 0; v < V; ++v) {
-    Four fours[W];  // of each row
-    FoursOf<W>(sum[0][v], sum[1][v], sum[2][v], sum[3][v], fours);
-    for (int n = 0; n < std::min<int64_t>(W, rows - v * W); ++n) Put(fours[n], add, y + (v * W + n) * y_stride);
+    PJAX_UNROLL for (int m = 0; m < M; m += kOuts) {
+      Four fours[W];  // of each row
+      FoursOf<W>(sum[m][v], sum[m + 1][v], sum[m + 2][v], sum[m + 3][v], fours);
+      for (int n = 0; n < std::min<int64_t>(W, rows - v * W); ++n) Put(fours[n], add, y + (v * W + n) * y_stride + m);
+    }
   }
 }
 
@@ -193,15 +197,22 @@ PJAX_INLINE void ManyRows(const Problem& p, int64_t first, int64_t last, float* 
       for (int64_t turn = 0, v = 0; turn < turns; ++turn) {
         const int64_t count = (vectors - v + turns - turn - 1) / (turns - turn);  // as even as can be
         auto tiles = [&](auto number, auto fetch) __attribute__((always_inline)) {
-          for (int64_t m = 0; m < end - o; m += kOuts)
-            PackedTile<W, number(), fetch()>(w + m * stride, stride, p.x + (v * p.depth + i) * W, p.depth * W, p.rows - v * W, depth, i > 0,
-                                             p.y + v * W * p.outs + o + m, p.outs);
+          auto tile = [&](auto outs, int64_t m) __attribute__((always_inline)) {
+            PackedTile<W, outs(), number(), fetch()>(w + m * stride, stride, p.x + (v * p.depth + i) * W, p.depth * W, p.rows - v * W, depth,
+                                                     i > 0, p.y + v * W * p.outs + o + m, p.outs);
+          };
+          int64_t m = 0;
+          if constexpr (number() == 1)
+            for (; m + 2 * kOuts <= end - o; m += 2 * kOuts) tile(std::integral_constant<int, 2 * kOuts>(), m);
+          for (; m < end - o; m += kOuts) tile(std::integral_constant<int, kOuts>(), m);
         };
         auto some = [&](auto number) __attribute__((always_inline)) {
           constexpr std::integral_constant<bool, sizeof(T) == 4> kIsFar;  // widened weights are near
           turn == 0 ? tiles(number, kIsFar) : tiles(number, std::false_type());
         };
-        count == 3 ? some(std::integral_constant<int, 3>()) : some(std::integral_constant<int, 2>());
+        if (count == 3) some(std::integral_constant<int, 3>());
+        if (count == 2) some(std::integral_constant<int, 2>());
+        if (count == 1) some(std::integral_constant<int, 1>());
         v += count;
       }
     }
@@ -267,10 +278,15 @@ int64_t Grain(const Problem& p, int64_t item_size, int64_t num_threads) {
   return std::max(least, std::min(fair, PanelRows(std::min(kDepth, p.depth))));
 }
 
+// Whether rows of x are packed: many are, and float32 weights meet all of a vector's rows at once where they fill more than half of it.
+// (Bfloat16 weights are widened first, for which four rows at a time are better.)
+bool IsPacked(int64_t rows, int64_t width, bool weights_are_wide) {
+  return 2 * rows > 3 * width || (weights_are_wide && 2 * rows > width && rows <= width);
+}
+
 // x as products take it: packed where there are many rows, else as float32. Null where it is that already.
 std::unique_ptr<Floats> Prepare(ffi::ThreadPool& pool, const Kernels& kernels, const void* x, bool is_wide, Problem* p) {
   const int64_t width = kernels.width, rows = p->rows, depth = p->depth, vectors = (rows + width - 1) / width;
-  p->is_packed = 2 * rows > 3 * width;
   p->x = static_cast<const float*>(x);
   if (is_wide && !p->is_packed) return nullptr;
   auto made = std::make_unique<Floats>((p->is_packed ? vectors * width : rows) * depth);
@@ -300,7 +316,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if ((!is_wide && w.element_type() != ffi::BF16) || (!x_is_wide && x.element_type() != ffi::BF16))
     return ffi::Error::InvalidArgument("a product takes float32 and bfloat16");
   static const Kernels kernels = Best();
-  Problem p{w.untyped_data(), nullptr, y->typed_data(), x.dimensions()[0], w.dimensions()[0], x.dimensions()[1], false};
+  const int64_t rows = x.dimensions()[0];
+  Problem p{w.untyped_data(), nullptr,           y->typed_data(),
+            rows,             w.dimensions()[0], x.dimensions()[1], IsPacked(rows, kernels.width, is_wide)};
   const auto prepared = Prepare(pool, kernels, x.untyped_data(), x_is_wide, &p);
   const int64_t grain = Grain(p, is_wide ? 4 : 2, std::max<int64_t>(pool.num_threads(), 1));
   pjax::Share(pool, (p.outs + grain - 1) / grain, [p, grain, run = kernels.rows[is_wide]] {
