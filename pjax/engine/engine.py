@@ -210,7 +210,7 @@ class LLMEngine:
         rows = min(self.scheduler.num_waiting_sequences, most)
         chunks = {budget, total % budget} if total > budget else {total}
         if any(length > 1 for length in lengths):
-            for chunk in sorted(chunks - {0}):
+            for chunk in sorted(chunks - {0}, reverse=True):  # in the order in which they are needed
                 self.runner.prefetch_for(chunk, rows, decode_only=False)
         if rows:
             self.runner.prefetch_for(rows, rows, decode_only=True)

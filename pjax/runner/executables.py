@@ -22,6 +22,7 @@ from jax.experimental import serialize_executable
 
 from pjax.config import EngineConfig
 from pjax.models import ModelSource
+from pjax.pallas_kernels import native
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Executables:
         """The compiled step of that name: from its file, or compiled and saved."""
         if self._folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):  # its results can't be saved again
             return compile_it()
+        native.library()  # whose kernels steps call: they load only where these are registered
         path = self._folder / f"{name}-{hashlib.sha256(self._facts.encode()).hexdigest()[:32]}"
         try:
             loaded = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))

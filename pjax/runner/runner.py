@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -136,6 +136,7 @@ class ModelRunner:
         self._step = step if shares is None else shard_step(step, shares)
         self._compiled: dict[Bucket, Any] = {}
         self._pending: dict[Bucket, Future[Any]] = {}
+        self._is_closed = False
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
         self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
         self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
@@ -185,7 +186,7 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         step = self._compiled_step(bucket)
-        if not self._has_large_pages and (bucket.num_tokens > SHORT_STEP or bucket.num_rows > FEW_ROWS):
+        if not self._has_large_pages and (plan.num_tokens > SHORT_STEP or num_rows > FEW_ROWS):
             use_large_pages(self._pages)
             self._has_large_pages = True
         if self._swap is not None:
@@ -307,6 +308,8 @@ class ModelRunner:
 
     def _compile(self, bucket: Bucket, earlier: Sequence[Future[Any]]) -> Any:
         wait(earlier)  # they are running: this thread had to take them first
+        if self._is_closed:
+            raise CancelledError
         started = time.perf_counter()
         compiled = self._executables.get(bucket.name, partial(self._lower_and_compile, bucket))
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
@@ -326,4 +329,5 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stops the compiling threads; what they have not begun is dropped."""
+        self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -275,3 +275,15 @@ def test_the_text_of_a_stop_token_is_kept_only_if_asked(llm: LLM) -> None:
     for keep in (False, True):
         params = greedy(6, stop_token_ids=[stop], include_stop_str_in_output=keep)
         assert llm.generate("hello", params, use_tqdm=False)[0].outputs[0].text == decode(tokens[: end + keep])
+
+
+def test_large_pages_come_with_the_first_large_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a step holds: every prefill's bucket has as many rows as the engine."""
+    calls: list[object] = []
+    monkeypatch.setattr("pjax.runner.runner.use_large_pages", calls.append)
+    llm = LLM(folder, **OPTIONS | {"max_num_seqs": 16, "max_num_batched_tokens": 96})
+    ids(llm, [1, 2, 3], greedy(2))
+    assert not calls
+    for _ in range(2):
+        ids(llm, list(range(70)), greedy(2))
+        assert len(calls) == 1
