@@ -316,13 +316,6 @@ class LLMEngine:
         """Ids of the requests in the newest step."""
         return set() if self._last_plan is None else {request.request_id for request in self._last_plan.requests}
 
-    @property
-    def _may_dispatch(self) -> bool:
-        """One step, and one ahead; not where that may have to wait for its compilation, and the tokens before it would wait too."""
-        if not self._in_flight:
-            return True
-        return self.config.async_scheduling and len(self._in_flight) < 2 and not self.runner.is_compiling
-
     def step(self) -> list[RequestOutput]:
         """Waits for one step and returns the requests that got a token, finished ones included; or those whose time is up.
 
@@ -333,7 +326,8 @@ class LLMEngine:
             ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
             return ready + [self._views.output(request_id) for request_id in expired]
         try:
-            while self._may_dispatch and (plan := self.scheduler.schedule()) is not None:
+            ahead = self.config.async_scheduling and not self.runner.is_compiling  # else the tokens in flight would wait for that too
+            while len(self._in_flight) < 1 + ahead and (plan := self.scheduler.schedule()) is not None:
                 self._wait_for_weights()
                 self._last_plan = plan
                 started = time.monotonic()

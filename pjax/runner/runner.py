@@ -289,7 +289,7 @@ class ModelRunner:
         """Starts compiling a bucket's step in the background; `in_turn`: when those before it are done."""
         if bucket not in self._compiled and bucket not in self._pending:
             earlier = list(self._pending.values()) if in_turn else []
-            self._pending[bucket] = self._pool.submit(self._compile, bucket, earlier)
+            self._pending[bucket] = self._pool.submit(self._compile_in_turn, bucket, earlier)
 
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
         """Starts compiling the step that a plan of this size would take; on few cores after those that are needed before it."""
@@ -306,10 +306,13 @@ class ModelRunner:
                 self.on_compiled()
         return self._compiled[bucket]
 
-    def _compile(self, bucket: Bucket, earlier: Sequence[Future[Any]]) -> Any:
+    def _compile_in_turn(self, bucket: Bucket, earlier: Sequence[Future[Any]]) -> Any:
         wait(earlier)  # they are running: this thread had to take them first
         if self._is_closed:
             raise CancelledError
+        return self._compile(bucket)
+
+    def _compile(self, bucket: Bucket) -> Any:
         started = time.perf_counter()
         compiled = self._executables.get(bucket.name, partial(self._lower_and_compile, bucket))
         log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
