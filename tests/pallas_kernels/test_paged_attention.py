@@ -131,12 +131,21 @@ def test_a_pool_that_is_not_given_away_stays_as_it_is() -> None:
     assert float(pool.sum()) == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
-def test_large_pages_keep_what_is_written() -> None:
-    pool = jax.jit(lambda: new_pool((64, 16, 8192), jnp.float32))()  # 32 MiB
+def touched_pool() -> jax.Array:
+    """32 MiB, every second page written, and large pages asked for then."""
+    pool = jax.jit(lambda: new_pool((64, 16, 8192), jnp.float32))()
     pool = jax.jit(lambda pool: pool.at[1::2].set(jnp.arange(8192.0)), donate_argnums=0)(pool)
     use_large_pages(pool)
-    np.testing.assert_array_equal(pool[1::2], np.broadcast_to(np.arange(8192, dtype=np.float32), (32, 16, 8192)))
+    return pool
+
+
+def test_large_pages_keep_what_is_written() -> None:
+    np.testing.assert_array_equal(touched_pool()[1::2], np.broadcast_to(np.arange(8192, dtype=np.float32), (32, 16, 8192)))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages to ask for")
+def test_large_pages_are_asked_for() -> None:
+    pool = touched_pool()
     mapped = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL)
     middle = pool.unsafe_buffer_pointer() + pool.nbytes // 2
     (flags,) = [flags for start, end, flags in mapped if int(start, 16) <= middle < int(end, 16)]

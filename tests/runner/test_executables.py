@@ -68,7 +68,6 @@ COUNTING = """
 import sys
 import jax, jax.monitoring
 from pjax import LLM, SamplingParams
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 compiled = []
 def listen(event, seconds, **_):
     if event == "/jax/core/compile/backend_compile_duration":
