@@ -18,14 +18,15 @@ from typing import Any
 Ids = list[int]
 Run = Callable[[list[Ids], list[int], int, int], list[Ids]]
 THREADS = int(os.environ.get("PEERS_THREADS", "2"))
+IS_LAZY = os.environ.get("PEERS_LAZY") == "1"
 MAX_SEQS, MAX_LEN = int(os.environ.get("PEERS_MAX_SEQS", "32")), int(os.environ.get("PEERS_MAX_LEN", "1024"))
 
 
 def pjax(model: str, dtype: str) -> Run:
-    """The engine of this project."""
+    """The engine of this project; lazy where the time to the first token is measured, else made ready before it is used, as the others."""
     from pjax import LLM, BeamSearchParams, SamplingParams
 
-    llm = LLM(model, dtype=dtype, max_model_len=MAX_LEN, max_num_seqs=MAX_SEQS, lazy=True, progress=False)
+    llm = LLM(model, dtype=dtype, max_model_len=MAX_LEN, max_num_seqs=MAX_SEQS, lazy=IS_LAZY, progress=False)
 
     def run(prompts: list[Ids], num_out: list[int], n: int, beam: int) -> list[Ids]:
         if beam:

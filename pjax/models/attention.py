@@ -20,6 +20,11 @@ class PagedContext:
     num_pages: int  # pages of one layer
     backend: str | None = None
 
+    @property
+    def num_tokens(self) -> jax.Array:
+        """int32 []: how many of the T tokens are not padding."""
+        return self.batch.row_starts[-1]
+
     @classmethod
     def make(cls, batch: RaggedBatch, pages: jax.Array, num_tokens: int, num_layers: int, backend: str | None = None) -> PagedContext:
         """For T packed tokens and a pool [L·P, G, 2·K·H]."""

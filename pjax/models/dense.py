@@ -17,6 +17,7 @@ class DenseContext:
 
     positions: jax.Array  # int32 [B·S]
     length: int  # S
+    num_tokens: None = None  # all count
 
     def attend(
         self,

@@ -104,9 +104,9 @@ class GPT2(nnx.Module):
 
         return self.blocks(self.embed(token_ids) + self.positions(context.positions), pages, context)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         """[S, D] to float32 [S, V]."""
-        return head_logits(self.norm(hidden), self.head, self.embed)
+        return head_logits(self.norm(hidden), self.head, self.embed, num_rows)
 
 
 def weight_table(config: GPT2Config) -> dict[str, Weight]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pjax.pallas_kernels.products import product
+from pjax.pallas_kernels.products import is_native, product
 
 Axis = str | tuple[tuple[str, int], ...] | None
 """The logical axis of one dimension of a parameter: a name, or several side by side with their sizes; None is whole everywhere.
@@ -30,6 +30,7 @@ class LayerChoice:
 
     kernels: tuple[jax.Array, ...]  # L of [out, in]
     index: jax.Array  # int32 []
+    num_tokens: jax.Array | None  # int32 [], how many rows are tokens; None: all
 
     def __getitem__(self, _: Any) -> LayerChoice:
         return self  # so that `Param[...]` gives the choice
@@ -37,7 +38,7 @@ class LayerChoice:
 
 def matmul(x: jax.Array, kernel: jax.Array | LayerChoice) -> jax.Array:
     """x [T, in] · kernel [out, in] transposed: float32 [T, out]."""
-    return product(x, kernel.kernels, kernel.index) if isinstance(kernel, LayerChoice) else product(x, [kernel])
+    return product(x, kernel.kernels, kernel.index, kernel.num_tokens) if isinstance(kernel, LayerChoice) else product(x, [kernel])
 
 
 class Linear(nnx.Module):
@@ -120,7 +121,7 @@ class MLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]; `attend` uses it as a tied head.
+    """A table [V, D], which `head_logits` takes as a tied head.
 
     `axis` is the logical axis of its rows. Where they are divided among devices, each looks up those that it has:
     `sum_over` is the mesh's axis that they are added over.
@@ -139,14 +140,40 @@ class Embedding(nnx.Module):
         mine = (ids >= 0) & (ids < len(table))
         return lax.psum(jnp.where(mine[:, None], table.at[ids].get(mode="clip"), 0), self.sum_over)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """[S, D] to float32 logits [S, V]."""
-        return matmul(x, self.table[...])
+
+HEAD_ROWS = (1, 4, 16, 64)  # where XLA makes the logits, it does for the first of these that holds the rows that count
 
 
-def head_logits(x: jax.Array, head: Linear | None, embed: Embedding) -> jax.Array:
-    """[S, D] to float32 logits [S, V], by the head or, where it is tied (None), by the embedding."""
-    return embed.attend(x) if head is None else matmul(x, head.kernel[...])
+def head_logits(x: jax.Array, head: Linear | None, embed: Embedding, num_rows: jax.Array | None = None) -> jax.Array:
+    """[S, D] to float32 logits [S, V], by the head or, where it is tied (None), by the embedding.
+
+    Args:
+      num_rows: int32 [], how many rows count, by default all; logits of others may be zeros.
+    """
+    kernel = (embed.table if head is None else head.kernel)[...]
+    if num_rows is None:
+        return matmul(x, kernel)
+    if not is_native(x, kernel):
+        return _some_logits(x, kernel, num_rows)
+
+    def native(x: jax.Array, kernel: jax.Array, num_rows: jax.Array) -> jax.Array:
+        return product(x, [kernel], 0, num_rows)
+
+    return lax.platform_dependent(x, kernel, num_rows, cpu=native, default=_some_logits)
+
+
+def _some_logits(x: jax.Array, kernel: jax.Array, num_rows: jax.Array) -> jax.Array:
+    count = x.shape[0]
+    sizes = [size for size in HEAD_ROWS if size < count] + [count]
+
+    def branch(size: int) -> Callable[[], jax.Array]:
+        return lambda: jnp.pad(matmul(x[:size], kernel), ((0, count - size), (0, 0)))
+
+    if len(sizes) == 1:
+        return branch(count)()
+    which = jnp.searchsorted(jnp.array(sizes, jnp.int32), num_rows)
+    logits: jax.Array = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
+    return logits
 
 
 LAYER_MODES = ("unroll", "scan", "loop")
@@ -171,16 +198,16 @@ class LayerStack(nnx.Module):
         else:
             self.layers = nnx.List([make() for _ in range(num_layers)])
 
-    def __call__(self, x: jax.Array, pages: jax.Array, *shared: Any) -> tuple[jax.Array, jax.Array]:
-        """Runs `x, pages = layer(x, pages, layer_index, *shared)` for each layer in turn."""
+    def __call__(self, x: jax.Array, pages: jax.Array, context: Any, *shared: Any) -> tuple[jax.Array, jax.Array]:
+        """Runs `x, pages = layer(x, pages, layer_index, context, *shared)` for each layer in turn."""
         if self.mode == "unroll":
             for index, layer in enumerate(self.layers):
-                x, pages = layer(x, pages, index, *shared)
+                x, pages = layer(x, pages, index, context, *shared)
             return x, pages
-        layer_at = self._scanned() if self.mode == "scan" else self._looped()
+        layer_at = self._scanned() if self.mode == "scan" else self._looped(context.num_tokens)
 
         def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            return layer_at(index)(*carry, index, *shared), None
+            return layer_at(index)(*carry, index, context, *shared), None
 
         return lax.scan(step, (x, pages), jnp.arange(self.num_layers, dtype=jnp.int32))[0]
 
@@ -188,7 +215,7 @@ class LayerStack(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         return lambda index: nnx.merge(graph, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked))
 
-    def _looped(self) -> Callable[[jax.Array], Any]:
+    def _looped(self, num_tokens: jax.Array | None) -> Callable[[jax.Array], Any]:
         split = [nnx.split(layer) for layer in self.layers]
         graph, structure = split[0][0], jax.tree.structure(split[0][1])
         by_leaf = list(zip(*(jax.tree.leaves(state) for _, state in split), strict=True))
@@ -196,7 +223,7 @@ class LayerStack(nnx.Module):
         stacked = [jnp.stack(leaves) if leaves[0].ndim < 2 else leaves for leaves in by_leaf]
 
         def layer_at(index: jax.Array) -> Any:
-            leaves = [LayerChoice(leaf, index) if isinstance(leaf, tuple) else leaf[index] for leaf in stacked]
+            leaves = [LayerChoice(leaf, index, num_tokens) if isinstance(leaf, tuple) else leaf[index] for leaf in stacked]
             return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
 
         return layer_at

@@ -173,9 +173,9 @@ class Llama(nnx.Module):
 
         return self.blocks(self.embed(token_ids), pages, context, rope)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         """[S, D] to float32 [S, V]."""
-        return head_logits(self.norm(hidden), self.head, self.embed)
+        return head_logits(self.norm(hidden), self.head, self.embed, num_rows)
 
 
 def weight_table(config: LlamaConfig) -> dict[str, Weight]:

@@ -124,13 +124,13 @@ class OPT(nnx.Module):
             x = self.project_in(x)
         return self.blocks(x + self.positions(context.positions + POSITION_OFFSET), pages, context)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         """[S, D] to float32 [S, V]."""
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return head_logits(hidden, self.head, self.embed)
+        return head_logits(hidden, self.head, self.embed, num_rows)
 
 
 def weight_table(config: OPTConfig) -> dict[str, Weight]:

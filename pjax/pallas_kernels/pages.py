@@ -55,9 +55,22 @@ def use_large_pages(pool: jax.Array) -> None:
     A step of 32 rows with contexts of 500 tokens takes a sixth less time so. A short prompt is better off without: its tokens lie in every
     layer's part of the pool, and each would cost a large page's zeros before the first token comes.
     """
+    _advise("PjaxUseLargePages", pool)
+
+
+def touch(pool: jax.Array) -> None:
+    """Has the system give a CPU's pool all of its memory now; what was written stays. Other threads may use the pool meanwhile.
+
+    Where the host of a virtual machine has to find it first, that is seconds for each GiB (docs/decisions/0014): better before the
+    first request than in its steps.
+    """
+    _advise("PjaxTouch", pool)
+
+
+def _advise(name: str, pool: jax.Array) -> None:
     if next(iter(pool.devices())).platform == "cpu" and (library := native.library()) is not None:
         for share in pool.addressable_shards:
-            library.PjaxUseLargePages(share.data.unsafe_buffer_pointer(), share.data.nbytes)
+            getattr(library, name)(share.data.unsafe_buffer_pointer(), share.data.nbytes)
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:

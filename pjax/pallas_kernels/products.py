@@ -17,20 +17,22 @@ FEW_ROWS = 128  # up to here a CPU's product by XLA is faster with the weights o
 FEW_ROWS_BF16 = 8  # up to here memory is the bound, and bfloat16 units of a CPU are no help
 
 
-def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array = 0) -> jax.Array:
+def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array = 0, num_rows: int | jax.Array | None = None) -> jax.Array:
     """x [T, in] times one of the kernels [out, in], transposed: float32 [T, out]. Differentiable.
 
     Args:
       kernels: of equal shape and dtype; the chosen one is read where it lies, the others not at all.
       index: int32 [], which of them.
+      num_rows: int32 [], how many rows of x count: the native kernel computes no others, they become zeros. By default all.
     """
-    if not _is_native(x, kernels[0]):
+    if not is_native(x, kernels[0]):
         return _by_xla(x, tuple(kernels), index)
-    return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), cpu=_native, default=_by_xla)
+    count = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
+    return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), count, cpu=_native, default=_by_xla)
 
 
-def _is_native(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether the native kernel takes these and is there."""
+def is_native(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether the native kernel takes these and is there: then it is used on CPUs."""
     dtypes = (jnp.float32, jnp.bfloat16)
     if x.dtype not in dtypes or kernel.dtype not in dtypes or 0 in x.shape or native.library() is None:
         return False
@@ -45,21 +47,22 @@ def _has_bfloat16_units() -> bool:
 
 
 @jax.custom_jvp
-def _native(x: jax.Array, kernels: tuple[jax.Array, ...], index: jax.Array) -> jax.Array:
+def _native(x: jax.Array, kernels: tuple[jax.Array, ...], index: jax.Array, num_rows: jax.Array) -> jax.Array:
     shape = jax.ShapeDtypeStruct((x.shape[0], kernels[0].shape[0]), jnp.float32)
     call = jax.ffi.ffi_call(native.PRODUCT, shape, vmap_method="sequential")
-    y: jax.Array = call(x, index, *kernels)
+    y: jax.Array = call(x, index, num_rows, *kernels)
     return y
 
 
 @_native.defjvp
 def _native_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    x, kernels, index = primals
-    dx, dkernels, _ = tangents
-    return _native(x, kernels, index), _by_xla(dx, kernels, index) + _by_xla(x, dkernels, index)
+    x, kernels, index, num_rows = primals
+    dx, dkernels, *_ = tangents
+    change = _by_xla(dx, kernels, index) + _by_xla(x, dkernels, index)
+    return _native(x, kernels, index, num_rows), jnp.where(jnp.arange(x.shape[0])[:, None] < num_rows, change, 0.0)
 
 
-def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array) -> jax.Array:
+def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
     if len(kernels) == 1:
         return _product(kernels[0], x)
     # A conditional reads the kernel where it lies; indexing stacked kernels would copy it.

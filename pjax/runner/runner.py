@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
-from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, use_large_pages
+from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touch, use_large_pages
 from pjax.params import MAX_CANDIDATES, LogitRules
 from pjax.runner.adjust import LogitsProcessor
 from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
@@ -186,9 +187,8 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         step = self._compiled_step(bucket)
-        if not self._has_large_pages and (plan.num_tokens > SHORT_STEP or num_rows > FEW_ROWS):
-            use_large_pages(self._pages)
-            self._has_large_pages = True
+        if plan.num_tokens > SHORT_STEP or num_rows > FEW_ROWS:
+            self._use_large_pages()
         if self._swap is not None:
             self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
         self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
@@ -252,12 +252,20 @@ class ModelRunner:
         pool: jax.Array = self._executables.get("pool", lambda: make.lower().compile())()
         return pool
 
+    def _use_large_pages(self) -> None:
+        if not self._has_large_pages:
+            use_large_pages(self._pages)
+            self._has_large_pages = True
+
     def _new_tokens(self) -> jax.Array:
         # Committed, as it comes back from a step: else writing its rows would be compiled twice.
         return zeros(self._tokens_struct.shape, jnp.int32, self._input_sharding or SingleDeviceSharding(jax.local_devices()[0]))
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
-        """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar."""
+        """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar; a CPU's pool gets its memory meanwhile."""
+        self._use_large_pages()
+        touched = Thread(target=touch, args=(self._pages,), name="pjax-touch")
+        touched.start()
         row = np.int32(0)
         self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
         self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
@@ -272,6 +280,7 @@ class ModelRunner:
                 self._compiled_step(bucket)
         if self._swap is not None:
             self._swap.warmup()
+        touched.join()
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""

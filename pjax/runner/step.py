@@ -21,8 +21,6 @@ from pjax.runner.sampler import Sampled, sample
 from pjax.runner.sampling_arrays import SamplingArrays
 from pjax.runner.vocabulary import WHOLE, Vocabulary
 
-LOGIT_ROWS = (1, 4, 16, 64)  # the head runs on the first of these that holds the rows to be sampled
-
 
 def make_step(
     graph: Any,
@@ -112,20 +110,7 @@ def sample_rows(
     processors: Sequence[LogitsProcessor] = (),
 ) -> Sampled:
     """Logits and samples of the rows that need them: a chunk in the middle of a prompt pays for no head."""
-    num_rows = hidden.shape[0]
-    sizes = [size for size in LOGIT_ROWS if size < num_rows] + [num_rows]
-
-    def branch(size: int) -> Any:
-        def run() -> jax.Array:
-            return jnp.pad(model.logits(hidden[:size]), ((0, num_rows - size), (0, 0)))
-
-        return run
-
-    if len(sizes) == 1:
-        logits = branch(num_rows)()
-    else:
-        which = jnp.searchsorted(jnp.array(sizes, jnp.int32), inputs.num_samples)
-        logits = lax.switch(which.astype(jnp.int32), [branch(size) for size in sizes])
+    logits = model.logits(hidden, inputs.num_samples)
 
     def adjust(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:
         return adjust_logits(logits, positions, params, inputs.rules, tokens, processors, vocabulary)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pjax.models.config import ConfigReader
-from pjax.models.layers import Embedding, LayerStack, Linear
+from pjax.models.layers import Embedding, LayerStack, Linear, head_logits
 from pjax.models.weights import Weight
 
 PREFIX = "toy."
@@ -60,8 +60,8 @@ class Toy(nnx.Module):
     def __call__(self, token_ids: jax.Array, pages: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
         return self.blocks(self.embed(token_ids), pages, context)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.embed.attend(hidden)
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+        return head_logits(hidden, None, self.embed, num_rows)
 
 
 def weight_table(config: ToyConfig) -> dict[str, Weight]:

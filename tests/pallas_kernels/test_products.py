@@ -30,10 +30,23 @@ def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_o
     rng = np.random.default_rng(rows)
     x, kernel = draw(rng, rows, num_in, dtype=dtype), draw(rng, num_out, num_in, dtype=dtype)
     assert native.library() is not None
-    y = jax.jit(products._native)(x, (kernel,), jnp.int32(0))
+    y = jax.jit(products._native)(x, (kernel,), jnp.int32(0), jnp.int32(rows))
     assert y.dtype == jnp.float32
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
     np.testing.assert_allclose(np.asarray(y, np.float64), wanted, atol=1e-5 * num_in**0.5)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 6, 11, 20, 40, 99])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_do_not_count_are_zeros_and_not_read(dtype: str, num_rows: int) -> None:
+    """The others are what they are alone, bit for bit; more rows than there are is all of them."""
+    rng = np.random.default_rng(num_rows)
+    x, kernel = draw(rng, 40, 70, dtype=dtype), draw(rng, 101, 70, dtype=dtype)
+    padded = x.at[num_rows:].set(jnp.nan)
+    y = np.asarray(jax.jit(products.product)(padded, (kernel,), 0, jnp.int32(num_rows)))
+    np.testing.assert_array_equal(y[num_rows:], 0)
+    if num_rows:
+        np.testing.assert_array_equal(y[:num_rows], products.product(x[:num_rows], (kernel,)))
 
 
 def test_only_the_chosen_kernel_is_read() -> None:
@@ -76,6 +89,19 @@ def test_gradients_are_xlas(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(native, "library", lambda: None)
     for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(jax.grad(loss, (0, 1))(x, kernels)), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2e-2, atol=1e-5)
+
+
+def test_rows_that_do_not_count_have_no_gradient() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = draw(rng, 9, 40, dtype="float32"), draw(rng, 20, 40, dtype="float32")
+
+    def loss(x: jax.Array, kernel: jax.Array, *count: int) -> jax.Array:
+        return jnp.sum(jnp.sin(1 + products.product(x, (kernel,), 0, *count)))
+
+    one, kernel_one = jax.grad(loss, (0, 1))(x, kernel, 6)
+    other, kernel_other = jax.grad(loss, (0, 1))(x[:6], kernel)
+    np.testing.assert_allclose(one, np.pad(other, ((0, 3), (0, 0))), atol=1e-5)
+    np.testing.assert_allclose(kernel_one, kernel_other, atol=1e-5)
 
 
 def test_float16_and_an_installation_without_a_compiler_go_through_xla(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ def library() -> ctypes.CDLL | None:
             continue
         try:
             loaded = ctypes.cdll.LoadLibrary(str(path))
-            loaded.PjaxUseLargePages.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-            loaded.PjaxUseLargePages.restype = None
+            for advise in (loaded.PjaxUseLargePages, loaded.PjaxTouch):
+                advise.argtypes, advise.restype = [ctypes.c_void_p, ctypes.c_uint64], None
             for target, symbol in SYMBOLS.items():
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
         except Exception as error:  # built for another jaxlib: the XLA forms serve as well

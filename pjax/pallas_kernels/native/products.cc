@@ -5,7 +5,7 @@
 // where they lie, once. Few rows of x: four rows of W against three of x, sums along `in` staying in registers until the end. Many:
 // x is packed so that a vector is one number of W rows of it, four rows of W against three such vectors, or eight against one, no sums
 // across lanes. The weights of all layers are operands, of which `index` picks one: a loop over layers needs no conditional, and copies
-// nothing.
+// nothing. `count` is how many rows of x hold anything: a step's shape is the next larger one that was compiled.
 
 #include <cstring>
 #include <memory>
@@ -114,6 +114,7 @@ struct Problem {
   const float* x;  // [rows, depth]; packed, [rows / W, depth, W] with zeros in rows that are none
   float* y;        // [rows, outs]
   int64_t rows, outs, depth;
+  int64_t all_rows;  // of y; those from `rows` on become zeros
   bool is_packed;
 };
 
@@ -235,8 +236,11 @@ PJAX_INLINE void LastRows(const Problem& p, int64_t first, int64_t last) {
 
 template <int W, int N, typename T>
 PJAX_INLINE void Rows(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  p.is_packed ? ManyRows<W, T>(p, first, last, scratch) : FewRows<W, N, T>(p, first, last, scratch);
-  LastRows<W, T>(p, first, last);
+  if (p.rows > 0) {
+    p.is_packed ? ManyRows<W, T>(p, first, last, scratch) : FewRows<W, N, T>(p, first, last, scratch);
+    LastRows<W, T>(p, first, last);
+  }
+  for (int64_t n = p.rows; n < p.all_rows; ++n) std::fill(p.y + n * p.outs + first, p.y + n * p.outs + last, 0.0f);
 }
 
 // What one level of x86 has; of two functions the second takes float32, the first bfloat16.
@@ -306,8 +310,8 @@ std::unique_ptr<Floats> Prepare(ffi::ThreadPool& pool, const Kernels& kernels, c
   return made;
 }
 
-ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> index, ffi::RemainingArgs weights,
-                   ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> index, ffi::Buffer<ffi::S32> count,
+                   ffi::RemainingArgs weights, ffi::ResultBuffer<ffi::F32> y) {
   const auto which = std::clamp<int64_t>(index.typed_data()[0], 0, static_cast<int64_t>(weights.size()) - 1);
   const auto chosen = weights.get<ffi::AnyBuffer>(which);
   if (!chosen.has_value()) return chosen.error();
@@ -316,9 +320,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if ((!is_wide && w.element_type() != ffi::BF16) || (!x_is_wide && x.element_type() != ffi::BF16))
     return ffi::Error::InvalidArgument("a product takes float32 and bfloat16");
   static const Kernels kernels = Best();
-  const int64_t rows = x.dimensions()[0];
-  Problem p{w.untyped_data(), nullptr,           y->typed_data(),
-            rows,             w.dimensions()[0], x.dimensions()[1], IsPacked(rows, kernels.width, is_wide)};
+  const int64_t all_rows = x.dimensions()[0], rows = std::clamp<int64_t>(count.typed_data()[0], 0, all_rows);
+  Problem p{w.untyped_data(),  nullptr,           y->typed_data(), rows,
+            w.dimensions()[0], x.dimensions()[1], all_rows,        IsPacked(rows, kernels.width, is_wide)};
   const auto prepared = Prepare(pool, kernels, x.untyped_data(), x_is_wide, &p);
   const int64_t grain = Grain(p, is_wide ? 4 : 2, std::max<int64_t>(pool.num_threads(), 1));
   pjax::Share(pool, (p.outs + grain - 1) / grain, [p, grain, run = kernels.rows[is_wide]] {
@@ -332,7 +336,13 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PjaxProduct, Product,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().RemainingArgs().Ret<ffi::Buffer<ffi::F32>>());
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .RemainingArgs()
+        .Ret<ffi::Buffer<ffi::F32>>());
 
 extern "C" int PjaxHasBfloat16Units() {
 #if defined(__x86_64__)
