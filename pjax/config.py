@@ -51,7 +51,7 @@ class EngineConfig:
     layer_mode: str = "auto"
     """How the layers run: "unroll", "scan" (compiles fastest, runs slower) or "loop"; auto is loop on a CPU, else unroll."""
     lazy: bool = False
-    """Compile a step when it is first needed, instead of all of them before the first request."""
+    """Compile a step when it is first needed, not all before the first request; on a CPU the pool takes memory as it fills."""
     compilation_cache_dir: str | None = "auto"
     """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
     tensor_parallel_size: int = 1

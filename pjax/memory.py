@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from pjax.pallas_kernels.pages import page_bytes
 
 DEFAULT_SWAP_SPACE = 4 << 30
 HOST_SHARE = 0.1  # of free host memory, for pages of preempted requests
+CGROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
@@ -28,13 +30,13 @@ def choose_num_pages(
 
     Raises ConfigError when not even one page fits.
     """
-    if config.num_pages is not None:
-        return config.num_pages
     one = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+    if config.num_pages is not None:
+        return _check_host(config, config.num_pages, one)
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory < one:
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
-        return config.kv_cache_memory // one
+        return _check_host(config, config.kv_cache_memory // one, one)
     share = config.memory_share * (CPU_SHARE if jax.default_backend() == "cpu" else 1)
     free = max(_free_bytes(devices or jax.local_devices()[:1]) - weight_bytes, 0) * share
     useful = -(-max_model_len // config.page_size) * config.step_sizes[0]
@@ -42,6 +44,13 @@ def choose_num_pages(
     if fits < 1:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
     return useful if useful <= fits else _round_down(fits)
+
+
+def _check_host(config: EngineConfig, num_pages: int, one: int) -> int:
+    """A CPU's pool takes all of its memory before the first request, unless the engine is lazy: ConfigError when that is not there."""
+    if jax.default_backend() == "cpu" and not config.lazy and (size := num_pages * one) > (free := host_free_bytes()):
+        raise ConfigError(f"the page pool is {size} bytes, but {free} are free; with lazy=True it takes memory as it fills")
+    return num_pages
 
 
 def choose_num_slots(config: EngineConfig, num_pages: int, bytes_per_page: int) -> int:
@@ -52,9 +61,7 @@ def choose_num_slots(config: EngineConfig, num_pages: int, bytes_per_page: int) 
         if config.preemption_mode == "swap" and config.swap_space < bytes_per_page:
             raise ConfigError(f"swap_space is {config.swap_space} bytes, but one page takes {bytes_per_page}")
         return config.swap_space // bytes_per_page
-    import psutil
-
-    share = min(DEFAULT_SWAP_SPACE, int(psutil.virtual_memory().available * HOST_SHARE))
+    share = min(DEFAULT_SWAP_SPACE, int(host_free_bytes() * HOST_SHARE))
     return min(num_pages, max(share // bytes_per_page, 1))
 
 
@@ -72,9 +79,20 @@ def _free_bytes(devices: Sequence[Any]) -> float:
     stats = [device.memory_stats() or {} for device in devices if device.platform != "cpu"]
     if stats and all("bytes_limit" in one for one in stats):
         return float(min(one["bytes_limit"] - one["bytes_in_use"] for one in stats))
+    return float(host_free_bytes()) / len(devices)
+
+
+def host_free_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory that is free on this machine, or in this container where it may use less (cgroup v2; what caches files can be had back)."""
     import psutil
 
-    return float(psutil.virtual_memory().available) / len(devices)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = int((cgroup / "memory.max").read_text()), int((cgroup / "memory.current").read_text())
+        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no such limit: "max", or no such system
+        return free
+    return min(free, max(limit - used + int(cached), 0))
 
 
 def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pjax import ConfigError, memory
@@ -24,6 +26,29 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pages(monkeypatch, 0, kv_cache_memory=5 * PAGE + 1) == 5
     with pytest.raises(ConfigError, match=f"kv_cache_memory is {PAGE - 1} bytes, but one page takes {PAGE}"):
         pages(monkeypatch, 0, kv_cache_memory=PAGE - 1)
+
+
+@pytest.mark.parametrize("asked", [{"num_pages": 7}, {"kv_cache_memory": 7 * PAGE}])
+def test_a_cpu_must_have_what_is_asked_for_unless_lazy(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(free: int, **fields: object) -> int:
+        monkeypatch.setattr(memory, "host_free_bytes", lambda: free)
+        return memory.choose_num_pages(EngineConfig(**asked, **fields).for_platform("cpu"), MODEL, "float32", 1024)
+
+    assert chosen(7 * PAGE) == chosen(0, lazy=True) == 7
+    with pytest.raises(ConfigError, match=f"the page pool is {7 * PAGE} bytes, but {7 * PAGE - 1} are free; with lazy=True"):
+        chosen(7 * PAGE - 1)
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert memory.host_free_bytes(tmp_path) == 1000  # no such files
+    for name, text in (("max", "700"), ("current", "300"), ("stat", "anon 1\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.host_free_bytes(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("5000")
+    assert memory.host_free_bytes(tmp_path) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.host_free_bytes(tmp_path) == 1000
 
 
 def test_a_share_of_what_is_free_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ def register_family(architecture: str, module: str) -> None:
     missing = [name for name in FAMILY_NAMES if not hasattr(found, name)]
     if missing:
         raise ValueError(f"module {module} lacks {', '.join(missing)}, which a family must have")
+    if "num_rows" not in inspect.signature(found.Model.logits).parameters:
+        raise ValueError(f"{module}.Model.logits takes no num_rows, which it must: logits(hidden, num_rows)")
     FAMILIES[architecture] = module
 
 

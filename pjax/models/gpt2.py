@@ -95,7 +95,7 @@ class GPT2(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
         self.positions = Embedding(config.max_position, config.hidden_size, dtype=dtype)
-        self.blocks = LayerStack(lambda: GPT2Block(config, dtype=dtype), config.num_layers, mode=layer_mode)
+        self.blocks = LayerStack(lambda: GPT2Block(config, dtype=dtype), config.num_layers, mode=layer_mode, rows_are_tokens=True)
         self.norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 

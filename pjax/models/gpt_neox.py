@@ -113,7 +113,7 @@ class GPTNeoX(nnx.Module):
     def __init__(self, config: GPTNeoXConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
-        self.blocks = LayerStack(lambda: GPTNeoXBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
+        self.blocks = LayerStack(lambda: GPTNeoXBlock(config, dtype=dtype), config.num_layers, mode=layer_mode, rows_are_tokens=True)
         self.norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_epsilon, dtype=dtype)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 

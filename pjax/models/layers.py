@@ -186,11 +186,16 @@ class LayerStack(nnx.Module):
     scan: once, over weights stacked on axis 0. Compiles in the time of one layer; reads each weight twice.
     loop: once, over the layers' own weights, each product choosing its kernel. For CPUs: compiles nearly as fast as
       scan and runs as fast as unroll.
+
+    Args:
+      rows_are_tokens: a promise that the rows of every product of a layer are the step's T tokens in their order. Then the loop's
+        native products leave out those that are padding, of which `context`, the first of `shared`, knows the number.
     """
 
-    def __init__(self, make: Callable[[], nnx.Module], num_layers: int, *, mode: str) -> None:
+    def __init__(self, make: Callable[[], nnx.Module], num_layers: int, *, mode: str, rows_are_tokens: bool = False) -> None:
         self.num_layers = num_layers
         self.mode = mode
+        self.rows_are_tokens = rows_are_tokens
         if mode == "scan":
             graph, state = nnx.split(make())
             stacked = jax.tree.map(lambda leaf: jnp.zeros((num_layers, *leaf.shape), leaf.dtype), state)
@@ -198,16 +203,16 @@ class LayerStack(nnx.Module):
         else:
             self.layers = nnx.List([make() for _ in range(num_layers)])
 
-    def __call__(self, x: jax.Array, pages: jax.Array, context: Any, *shared: Any) -> tuple[jax.Array, jax.Array]:
-        """Runs `x, pages = layer(x, pages, layer_index, context, *shared)` for each layer in turn."""
+    def __call__(self, x: jax.Array, pages: jax.Array, *shared: Any) -> tuple[jax.Array, jax.Array]:
+        """Runs `x, pages = layer(x, pages, layer_index, *shared)` for each layer in turn."""
         if self.mode == "unroll":
             for index, layer in enumerate(self.layers):
-                x, pages = layer(x, pages, index, context, *shared)
+                x, pages = layer(x, pages, index, *shared)
             return x, pages
-        layer_at = self._scanned() if self.mode == "scan" else self._looped(context.num_tokens)
+        layer_at = self._scanned() if self.mode == "scan" else self._looped(shared[0].num_tokens if self.rows_are_tokens else None)
 
         def step(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            return layer_at(index)(*carry, index, context, *shared), None
+            return layer_at(index)(*carry, index, *shared), None
 
         return lax.scan(step, (x, pages), jnp.arange(self.num_layers, dtype=jnp.int32))[0]
 

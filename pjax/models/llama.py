@@ -163,7 +163,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, layer_mode: str = "unroll") -> None:
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, axis="vocab", dtype=dtype)
-        self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
+        self.blocks = LayerStack(lambda: LlamaBlock(config, dtype=dtype), config.num_layers, mode=layer_mode, rows_are_tokens=True)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_epsilon, dtype=dtype)
         self.head = None if config.tied else Linear(config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)
 

@@ -111,7 +111,7 @@ class OPT(nnx.Module):
         self.embed = Embedding(config.vocab_size, narrow, axis="vocab", dtype=dtype)
         self.positions = Embedding(config.max_position + POSITION_OFFSET, hidden, dtype=dtype)
         self.project_in = Linear(narrow, hidden, dtype=dtype) if config.projected else None
-        self.blocks = LayerStack(lambda: OPTBlock(config, dtype=dtype), config.num_layers, mode=layer_mode)
+        self.blocks = LayerStack(lambda: OPTBlock(config, dtype=dtype), config.num_layers, mode=layer_mode, rows_are_tokens=True)
         self.norm = _norm(config, dtype) if config.final_norm else None
         self.project_out = Linear(hidden, narrow, dtype=dtype) if config.projected else None
         self.head = None if config.tied else Linear(narrow, config.vocab_size, axes=("vocab", "embed"), dtype=dtype)

@@ -9,6 +9,12 @@ Inside a row:   | K of head 0 (H) | K of head 1 (H) | ... | V of head 0 (H) | V 
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +22,8 @@ from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
 
 from pjax.pallas_kernels import native
+
+TOUCHED_AT_ONCE = 64 << 20  # bytes; between two such pieces it may be ended
 
 
 def pool_shape(num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_size: int) -> tuple[int, int, int]:
@@ -55,22 +63,42 @@ def use_large_pages(pool: jax.Array) -> None:
     A step of 32 rows with contexts of 500 tokens takes a sixth less time so. A short prompt is better off without: its tokens lie in every
     layer's part of the pool, and each would cost a large page's zeros before the first token comes.
     """
-    _advise("PjaxUseLargePages", pool)
-
-
-def touch(pool: jax.Array) -> None:
-    """Has the system give a CPU's pool all of its memory now; what was written stays. Other threads may use the pool meanwhile.
-
-    Where the host of a virtual machine has to find it first, that is seconds for each GiB (docs/decisions/0014): better before the
-    first request than in its steps.
-    """
-    _advise("PjaxTouch", pool)
-
-
-def _advise(name: str, pool: jax.Array) -> None:
-    if next(iter(pool.devices())).platform == "cpu" and (library := native.library()) is not None:
+    if (library := _library_of(pool)) is not None:
         for share in pool.addressable_shards:
-            getattr(library, name)(share.data.unsafe_buffer_pointer(), share.data.nbytes)
+            library.PjaxUseLargePages(share.data.unsafe_buffer_pointer(), share.data.nbytes)
+
+
+@contextmanager
+def touching(pool: jax.Array) -> Iterator[None]:
+    """While this lasts, and until it is done, a thread has the system give a CPU's pool all of its memory; what was written stays.
+
+    Where the host of a virtual machine has to find it first, that takes seconds for each GiB (docs/decisions/0014-start-up.md): better
+    before the first request than in its steps. An exception ends it early. The pool must not be given away meanwhile.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-touch") as thread:
+        touched = thread.submit(_touch, pool, stop)
+        try:
+            yield
+        except BaseException:
+            stop.set()
+            raise
+        touched.result()
+
+
+def _touch(pool: jax.Array, stop: Event) -> None:
+    if (library := _library_of(pool)) is None:
+        return
+    for share in pool.addressable_shards:
+        first, size = share.data.unsafe_buffer_pointer(), share.data.nbytes
+        for at in range(0, size, TOUCHED_AT_ONCE):
+            if stop.is_set():
+                return
+            library.PjaxTouch(first + at, min(TOUCHED_AT_ONCE, size - at))
+
+
+def _library_of(pool: jax.Array) -> ctypes.CDLL | None:
+    return native.library() if next(iter(pool.devices())).platform == "cpu" else None
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_size: int, dtype: DTypeLike) -> int:

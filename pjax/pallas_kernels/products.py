@@ -58,8 +58,9 @@ def _native(x: jax.Array, kernels: tuple[jax.Array, ...], index: jax.Array, num_
 def _native_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     x, kernels, index, num_rows = primals
     dx, dkernels, *_ = tangents
-    change = _by_xla(dx, kernels, index) + _by_xla(x, dkernels, index)
-    return _native(x, kernels, index, num_rows), jnp.where(jnp.arange(x.shape[0])[:, None] < num_rows, change, 0.0)
+    counts = jnp.arange(x.shape[0])[:, None] < num_rows
+    change = _by_xla(jnp.where(counts, dx, 0), kernels, index) + _by_xla(jnp.where(counts, x, 0), dkernels, index)
+    return _native(x, kernels, index, num_rows), change
 
 
 def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array, num_rows: jax.Array | None = None) -> jax.Array:

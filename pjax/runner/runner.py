@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
-from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touch, use_large_pages
+from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touching, use_large_pages
 from pjax.params import MAX_CANDIDATES, LogitRules
 from pjax.runner.adjust import LogitsProcessor
 from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
@@ -44,7 +43,7 @@ from pjax.scheduler.plan import StepPlan
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
-SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of steps that go without large pages for the pool
+SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of a lazy engine's steps that go without large pages for the pool
 FEW_CORES = 2  # that one compilation keeps busy: the step that is needed first has them to itself
 
 
@@ -264,8 +263,10 @@ class ModelRunner:
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar; a CPU's pool gets its memory meanwhile."""
         self._use_large_pages()
-        touched = Thread(target=touch, args=(self._pages,), name="pjax-touch")
-        touched.start()
+        with touching(self._pages):
+            self._compile_all(buckets, progress)
+
+    def _compile_all(self, buckets: Iterable[Bucket] | None, progress: bool) -> None:
         row = np.int32(0)
         self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
         self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
@@ -280,7 +281,6 @@ class ModelRunner:
                 self._compiled_step(bucket)
         if self._swap is not None:
             self._swap.warmup()
-        touched.join()
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""

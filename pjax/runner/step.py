@@ -109,7 +109,7 @@ def sample_rows(
     vocabulary: Vocabulary = WHOLE,
     processors: Sequence[LogitsProcessor] = (),
 ) -> Sampled:
-    """Logits and samples of the rows that need them: a chunk in the middle of a prompt pays for no head."""
+    """Logits and samples of the rows that need them: for a chunk in the middle of a prompt the head has nothing to do."""
     logits = model.logits(hidden, inputs.num_samples)
 
     def adjust(logits: jax.Array, positions: jax.Array, params: SamplingArrays) -> jax.Array:

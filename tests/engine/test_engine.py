@@ -277,6 +277,15 @@ def test_the_text_of_a_stop_token_is_kept_only_if_asked(llm: LLM) -> None:
         assert llm.generate("hello", params, use_tqdm=False)[0].outputs[0].text == decode(tokens[: end + keep])
 
 
+def test_a_warm_up_takes_the_pools_memory_and_a_lazy_engine_does_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("pjax.pallas_kernels.pages._touch", lambda pool, stop: calls.append(pool.shape))
+    LLM(folder, **OPTIONS)
+    assert not calls
+    llm = LLM(folder, **OPTIONS | {"lazy": False, "max_num_seqs": 2, "max_num_batched_tokens": 16})
+    assert calls == [llm.engine.runner._pages.shape]
+
+
 def test_large_pages_come_with_the_first_large_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what a step holds: every prefill's bucket has as many rows as the engine."""
     calls: list[object] = []

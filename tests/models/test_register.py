@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from pjax import LLM, SamplingParams, models
 from pjax.errors import UnsupportedError
+from tests.models import toy_family
 
 HEADS, SIZE, VOCAB, LAYERS = 2, 8, 50, 2
 PROMPTS = [[3], [7, 1, 4, 9, 9, 2, 30]]
@@ -71,3 +72,9 @@ def test_what_registering_refuses(toy: None) -> None:
         models.register_family("Other", "tests.tiny")
     with pytest.raises(ImportError):
         models.register_family("Other", "no.such.module")
+
+
+def test_a_family_whose_logits_take_no_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_family.Model, "logits", lambda self, hidden: hidden)
+    with pytest.raises(ValueError, match=r"tests\.models\.toy_family\.Model\.logits takes no num_rows, which it must"):
+        models.register_family("ToyForCausalLM", "tests.models.toy_family")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax
@@ -13,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape, write_targets
+from pjax.pallas_kernels import RaggedBatch, paged_attention, pages, pool_shape, write_targets
 from pjax.pallas_kernels.kv_write import SlotTargets
 from pjax.pallas_kernels.paged_attention import api, native
-from pjax.pallas_kernels.pages import new_pool, use_large_pages
+from pjax.pallas_kernels.pages import new_pool, touching, use_large_pages
 from tests.pallas_kernels.suite import CASES, FEATURES, Feature, KernelSuite, Step, make_step
 
 # These run fast: every case with every kind of shape, sizes that no accelerator's kernel has included.
@@ -150,6 +152,47 @@ def test_large_pages_are_asked_for() -> None:
     middle = pool.unsafe_buffer_pointer() + pool.nbytes // 2
     (flags,) = [flags for start, end, flags in mapped if int(start, 16) <= middle < int(end, 16)]
     assert "hg" in flags.split()
+
+
+def resident_bytes(pool: jax.Array) -> int:
+    """Of the mappings that the pool lies in."""
+    first, end, found = pool.unsafe_buffer_pointer(), pool.unsafe_buffer_pointer() + pool.nbytes, 0
+    for lines in re.findall(r"^[0-9a-f]+-[0-9a-f]+ .*?^VmFlags:", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL):
+        start, stop = (int(text, 16) for text in lines.split(maxsplit=1)[0].split("-"))
+        if start < end and stop > first:
+            found += int(re.findall(r"^Rss:\s+(\d+) kB", lines, re.MULTILINE)[0]) << 10
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what it has given")
+def test_touching_takes_all_memory_and_keeps_what_is_written() -> None:
+    pool = jax.jit(lambda: new_pool((64, 16, 8192), jnp.float32))()
+    assert resident_bytes(pool) < pool.nbytes / 2
+    pool = jax.jit(lambda pool: pool.at[3].set(7.0), donate_argnums=0)(pool)
+    with touching(pool):
+        pass
+    assert resident_bytes(pool) >= pool.nbytes
+    assert float(pool[3].min()) == float(pool[3].max()) == 7.0
+
+
+def test_an_exception_ends_touching(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def touch(first: int, size: int) -> None:
+        calls.append(size)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(pages, "_library_of", lambda pool: SimpleNamespace(PjaxTouch=touch))
+    monkeypatch.setattr(pages, "TOUCHED_AT_ONCE", 4096)
+    pool = jnp.zeros((8, 16, 8192))
+    with pytest.raises(KeyboardInterrupt), touching(pool):
+        raise KeyboardInterrupt
+    assert len(calls) < pool.nbytes // 4096
+    calls.clear()
+    small = jnp.zeros((10, 1000))
+    with touching(small):
+        pass
+    assert calls == [4096] * 9 + [40000 - 9 * 4096]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 // Memory for a page pool, left as the system gives it: untouched pages take no memory, and no time.
 
 #include <cstdint>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,14 +14,6 @@ namespace {
 
 ffi::Error Reserve(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
 
-// The system's pages that lie wholly inside: their address, and bytes.
-std::pair<void*, std::uint64_t> WholePages(void* pool, std::uint64_t num_bytes) {
-  constexpr std::uintptr_t kPage = 4096;
-  const auto first = (reinterpret_cast<std::uintptr_t>(pool) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(pool) + num_bytes) / kPage * kPage;
-  return {reinterpret_cast<void*>(first), end > first ? end - first : 0};
-}
-
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PjaxReserve, Reserve, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
@@ -31,18 +22,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PjaxReserve, Reserve, ffi::Ffi::Bind().Ret<ffi::An
 // far apart. A system that does not know one or the other refuses it, and nothing is lost.
 extern "C" void PjaxUseLargePages(void* pool, std::uint64_t num_bytes) {
 #if defined(__linux__)
+  constexpr std::uintptr_t kPage = 4096;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
-  const auto [first, size] = WholePages(pool, num_bytes);
-  if (size == 0) return;
-  madvise(first, size, MADV_HUGEPAGE);
-  madvise(first, size, kCollapse);
+  const auto first = (reinterpret_cast<std::uintptr_t>(pool) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(pool) + num_bytes) / kPage * kPage;
+  if (end <= first) return;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), end - first, kCollapse);
 #endif
 }
 
-// Has the system give all of it now, zeros where nothing was written. Refused by systems that do not know it (Linux has since 5.14).
+// Has the system give all of it now: a fault for each of its pages, as a step's own writes would have. What was written stays, even
+// while others write. (One madvise for all of it keeps every other thread from mapping memory as long as it takes.)
 extern "C" void PjaxTouch(void* pool, std::uint64_t num_bytes) {
-#if defined(__linux__)
-  constexpr int kPopulate = 23;  // MADV_POPULATE_WRITE
-  if (const auto [first, size] = WholePages(pool, num_bytes); size > 0) madvise(first, size, kPopulate);
-#endif
+  constexpr std::uint64_t kPage = 4096;
+  auto* bytes = static_cast<unsigned char*>(pool);
+  for (std::uint64_t at = 0; at < num_bytes; at += kPage) __atomic_fetch_or(bytes + at, 0, __ATOMIC_RELAXED);
 }
