@@ -28,29 +28,27 @@ def choose_num_pages(
       weight_bytes: of the weights that are still to be loaded, on one device.
       devices: that have a pool each; JAX's first one by default.
 
-    Raises ConfigError when not even one page fits.
+    Raises ConfigError when not even one page fits, or on a CPU, unless the engine is lazy, when what is asked for does not: a warm-up
+    takes all of it.
     """
     one = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
-    if config.num_pages is not None:
-        return _check_host(config, config.num_pages, one)
-    if config.kv_cache_memory is not None:
+    is_cpu = jax.default_backend() == "cpu"
+    left = max(_free_bytes(devices or jax.local_devices()[:1]) - weight_bytes, 0)
+    asked = config.num_pages
+    if asked is None and config.kv_cache_memory is not None:
         if config.kv_cache_memory < one:
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
-        return _check_host(config, config.kv_cache_memory // one, one)
-    share = config.memory_share * (CPU_SHARE if jax.default_backend() == "cpu" else 1)
-    free = max(_free_bytes(devices or jax.local_devices()[:1]) - weight_bytes, 0) * share
+        asked = config.kv_cache_memory // one
+    if asked is not None:
+        if is_cpu and not config.lazy and asked * one > left:
+            raise ConfigError(f"the page pool is {asked * one} bytes, but {int(left)} are free; with lazy=True it takes memory as it fills")
+        return asked
+    free = left * config.memory_share * (CPU_SHARE if is_cpu else 1)
     useful = -(-max_model_len // config.page_size) * config.step_sizes[0]
     fits = int(free // one)
     if fits < 1:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
     return useful if useful <= fits else _round_down(fits)
-
-
-def _check_host(config: EngineConfig, num_pages: int, one: int) -> int:
-    """A CPU's pool takes all of its memory before the first request, unless the engine is lazy: ConfigError when that is not there."""
-    if jax.default_backend() == "cpu" and not config.lazy and (size := num_pages * one) > (free := host_free_bytes()):
-        raise ConfigError(f"the page pool is {size} bytes, but {free} are free; with lazy=True it takes memory as it fills")
-    return num_pages
 
 
 def choose_num_slots(config: EngineConfig, num_pages: int, bytes_per_page: int) -> int:

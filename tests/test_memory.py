@@ -30,13 +30,16 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("asked", [{"num_pages": 7}, {"kv_cache_memory": 7 * PAGE}])
 def test_a_cpu_must_have_what_is_asked_for_unless_lazy(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(free: int, **fields: object) -> int:
+    def chosen(free: int, num_devices: int = 1, **fields: object) -> int:
         monkeypatch.setattr(memory, "host_free_bytes", lambda: free)
-        return memory.choose_num_pages(EngineConfig(**asked, **fields).for_platform("cpu"), MODEL, "float32", 1024)
+        devices = [SimpleNamespace(platform="cpu")] * num_devices
+        config = EngineConfig(**asked, **fields).for_platform("cpu")
+        return memory.choose_num_pages(config, MODEL, "float32", 1024, weight_bytes=PAGE, devices=devices)
 
-    assert chosen(7 * PAGE) == chosen(0, lazy=True) == 7
-    with pytest.raises(ConfigError, match=f"the page pool is {7 * PAGE} bytes, but {7 * PAGE - 1} are free; with lazy=True"):
-        chosen(7 * PAGE - 1)
+    assert chosen(8 * PAGE) == chosen(0, lazy=True) == chosen(16 * PAGE, num_devices=2) == 7
+    for too_little in ({"free": 8 * PAGE - 1}, {"free": 16 * PAGE - 2, "num_devices": 2}):
+        with pytest.raises(ConfigError, match=f"the page pool is {7 * PAGE} bytes, but {7 * PAGE - 1} are free; with lazy=True"):
+            chosen(**too_little)
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

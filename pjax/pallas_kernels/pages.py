@@ -1,4 +1,4 @@
-"""The page pool's layout. Only the kernels of paged_attention know it besides.
+"""The page pool's layout and memory. Only the kernels of paged_attention know the layout besides.
 
 One array holds the pages of all layers: `[L·P, G, 2·K·H]`. Page `p` of layer `l` is row `l·P + p`; within a page one
 dense row per token holds the keys of all KV heads and then their values. Dense rows keep every head size at its native

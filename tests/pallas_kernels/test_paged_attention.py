@@ -6,8 +6,8 @@ import ctypes
 import dataclasses
 import logging
 import re
-import sys
 import time
+from mmap import PAGESIZE
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -158,13 +158,12 @@ def test_large_pages_are_asked_for() -> None:
 
 def resident_share(pool: jax.Array) -> float:
     """Of the system's pages that lie wholly in the pool, those that have memory."""
-    first = -(-pool.unsafe_buffer_pointer() // 4096) * 4096
-    found = (ctypes.c_ubyte * ((pool.unsafe_buffer_pointer() + pool.nbytes - first) // 4096))()
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(found) * 4096), found) == 0
+    first = -(-pool.unsafe_buffer_pointer() // PAGESIZE) * PAGESIZE
+    found = (ctypes.c_ubyte * ((pool.unsafe_buffer_pointer() + pool.nbytes - first) // PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(found) * PAGESIZE), found) == 0
     return float(np.mean(np.asarray(found) & 1))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mincore is Linux's")
 def test_touching_takes_all_memory_and_keeps_what_is_written() -> None:
     # 64 MiB, for which the C library always asks the system: no memory of an earlier array
     pool = jax.jit(lambda: new_pool((64, 16, 16384), jnp.float32))()
