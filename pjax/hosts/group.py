@@ -21,7 +21,7 @@ from typing import Any
 
 from pjax.errors import ConfigError, EngineDeadError
 from pjax.hosts.codec import Arrays, decode, encode
-from pjax.hosts.link import SERVING, Link
+from pjax.hosts.link import LAST_WORDS, SERVING, Link
 from pjax.hosts.place import Place
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,10 @@ class Group:
         self.quit()
 
     def quit(self) -> None:
-        """Ends this process now, with status 1 and a last line that says why."""
+        """Ends this process, once what was on its way to the others has left; status 1, and a last line that says why."""
+        until = time.monotonic() + LAST_WORDS
+        for link in self._links.values():
+            link.close(max(until - time.monotonic(), 0))
         _exit(1, f"rank {self.rank} of {self.size} ends: {self.error}")
 
     def _end_with_rank_0(self) -> None:

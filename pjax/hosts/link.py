@@ -16,6 +16,7 @@ STARTING, SERVING = 60.0, 5.0  # seconds of silence that are a loss: while model
 MAX_WAITING = 256  # messages; a host is never more than a few steps behind, since every step waits for all of them
 MAX_BYTES = 64 << 20  # of one message
 STUCK = 10  # seconds that a message which has begun may take
+LAST_WORDS = 1.0  # seconds in which what was on its way still leaves, or is read
 
 
 def secure(sock: socket.socket, key: bytes, *, listening: bool) -> Connection:
@@ -103,4 +104,5 @@ class Link:
             try:
                 self._connection.send_bytes(data)
             except (OSError, ValueError) as error:
+                self._threads[0].join(LAST_WORDS)  # what the other end said before it went, perhaps why, comes first
                 return self._lose(f"its connection broke ({error})")

@@ -202,6 +202,25 @@ def test_a_host_that_takes_no_messages_blocks_nobody(monkeypatch: pytest.MonkeyP
         assert time.monotonic() - started < 1 and lost == [f"it has not taken {link.MAX_WAITING} messages"]
 
 
+def test_what_the_other_end_said_before_it_went_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write fails at once when the other end has gone, but its last messages may not have been read by then."""
+    with linked(monkeypatch) as (first, second, news, lost):
+        heard = list[int]()
+        monkeypatch.setattr(second, "_on_message", lambda data: (time.sleep(0.05), news.append(data)))
+        monkeypatch.setattr(second, "_on_lost", lambda why: (heard.append(len(news)), lost.append(why)))
+        for _ in range(4):
+            first.send(b"x")
+        first.close(1)
+        monkeypatch.setattr(second._connection, "send_bytes", refuse)
+        first._connection.close()
+        wait_for(lambda: bool(lost))
+        assert heard == [4] and "its connection broke" in lost[0]
+
+
+def refuse(data: bytes) -> None:
+    raise BrokenPipeError("gone")
+
+
 def test_another_key_is_refused_on_both_sides() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         outgoing = socket.create_connection(listener.getsockname())
@@ -320,3 +339,18 @@ def test_new_rows_arrive_as_they_were() -> None:
     np.testing.assert_array_equal(back[1].floats, floats + 1)
     np.testing.assert_array_equal(back[1].ints, ints + 1)
     assert back[1].known is None
+
+
+def test_a_host_that_fails_says_why_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its main thread ends the process at once; what waits to be sent is sent first."""
+    said, at_the_end = list[bytes](), list[tuple[int, str, int]]()
+    monkeypatch.setattr(group, "_exit", lambda status, message: at_the_end.append((status, message, len(said))))
+    failing = Group(place.Place(rank=0, size=2, address="127.0.0.1", port=1, key=b"k", timeout=30))
+    with linked(monkeypatch) as (first, _, _, _):
+        failing._links[1] = first
+        monkeypatch.setattr(first._connection, "send_bytes", lambda data: (time.sleep(0.2), said.append(data)) if data else None)
+        failing._end("rank 0 failed: x")
+        failing.quit()
+        assert at_the_end[0] == (1, "rank 0 of 2 ends: rank 0 failed: x", 1)
+        assert decode(said[0])[:2] == ("lost", {"message": "rank 0 failed: x"})
+        wait_for(lambda: len(at_the_end) == 2)  # the thread of its last words comes to the same
