@@ -25,7 +25,8 @@ namespace {
 
 using namespace pjax;
 
-constexpr int kBlock = 64;      // keys that one flash step takes
+constexpr int kBlock = 64;      // keys that one flash step of prefill takes
+constexpr int kSpan = 16;       // keys that one of decode takes
 constexpr int kTileRows = 48;   // query rows of a prefill item: its tokens times the heads that share a KV head
 constexpr int kKeys = 4;        // keys of a tile of products
 constexpr int kLeastPart = 32;  // keys, of a decode row that is cut
@@ -74,50 +75,66 @@ PJAX_INLINE typename Lanes<W>::F Exp(typename Lanes<W>::F x) {
 }
 PJAX_INLINE float Exp(float x) { return Exp<4>(Spread<4>(x))[0]; }
 
-// Turns logits [kBlock] of which [low, high) are visible into weights, and keeps the running maximum and sum.
+template <int W>
+PJAX_INLINE float Most(typename Lanes<W>::F v) {
+  if constexpr (W == 1) {
+    return v[0];
+  } else {
+    typename Lanes<W / 2>::F halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return Most<W / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  }
+}
+
+// Turns logits [kSpan] of which [low, high) are visible into weights, and keeps the running maximum and sum.
 // Returns the factor by which what was accumulated before shrinks.
 template <int W>
 PJAX_INLINE float Soften(float* logits, int low, int high, float softcap, float* top, float* total) {
+  using F = typename Lanes<W>::F;
   if (softcap > 0)
     for (int j = low; j < high; ++j) logits[j] = softcap * std::tanh(logits[j] / softcap);
-  for (int j = 0; j < kBlock; ++j) logits[j] = (j >= low) & (j < high) ? logits[j] : kMasked;
-  float most = *top;
-  for (int j = 0; j < kBlock; ++j) most = logits[j] > most ? logits[j] : most;
+  for (int j = 0; j < low; ++j) logits[j] = kMasked;
+  for (int j = high; j < kSpan; ++j) logits[j] = kMasked;
+  F most_of = Spread<W>(*top);
+  PJAX_UNROLL for (int j = 0; j < kSpan; j += W) {
+    const F some = Load<W>(logits + j);
+    most_of = some > most_of ? some : most_of;
+  }
+  const float most = Most<W>(most_of);
   if (most == kMasked) {  // nothing is visible, or NaN, which is greater than nothing and has to stay
     for (int j = low; j < high; ++j) *total += logits[j] != logits[j] ? logits[j] : 0.0f;
-    for (int j = 0; j < kBlock; ++j) logits[j] = 0;
+    for (int j = 0; j < kSpan; ++j) logits[j] = 0;
     return 1.0f;
   }
-  typename Lanes<W>::F sums = {};
-  for (int j = 0; j < kBlock; j += W) {
-    const auto weights = Exp<W>(Load<W>(logits + j) - most);
+  F sums = {};
+  PJAX_UNROLL for (int j = 0; j < kSpan; j += W) {
+    const F weights = Exp<W>(Load<W>(logits + j) - most);
     std::memcpy(logits + j, &weights, sizeof weights);
     sums += weights;
   }
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += sums[i];
-  float shrink = Exp(*top - most);
-  *total = *total * shrink + sum;
+  const Four four = Fold<W>(sums);
+  const float shrink = *top == most ? 1.0f : Exp(*top - most);
+  *total = *total * shrink + ((four[0] + four[1]) + (four[2] + four[3]));
   *top = most;
   return shrink;
 }
 
-// The rows of a block's keys and values in the pool, the first `count` of them; the rest repeat the last one.
-template <typename T>
+// The rows of B keys and values in the pool, the first `count` of them; the rest repeat the last one.
+template <typename T, int B>
 struct Slots {
-  const T* row[kBlock];
+  const T* row[B];
   int count;
 };
 
-// Keys or values of one head and one block.
+// Keys or values of one head and one span.
 template <typename T>
 struct Strip {
   const T* const* row;
   int64_t offset;
 };
 
-// Lines of the block that comes next, fetched in the order in which they lie, some at a time: memory is slower where a head's keys are
-// fetched on their own, 256 bytes of each 1.5 kB.
+// Lines of the span that comes next, fetched in the order in which they lie (memory is slower where a head's keys are fetched on their
+// own, 256 bytes of each 1.5 kB), some at a time and all the time: where many come at once, products wait for them.
 template <typename T>
 struct Fetch {
   const T* const* row;
@@ -134,8 +151,8 @@ struct Fetch {
   }
 };
 
-template <typename T>
-PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int count, Slots<T>* slots) {
+template <typename T, int B>
+PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int count, Slots<T, B>* slots) {
   const int64_t width = 2 * p.num_kv_heads * p.head_size;
   int64_t column = first / p.page_size, offset = first % p.page_size;
   for (int j = 0; j < count; ++column, offset = 0) {
@@ -143,14 +160,14 @@ PJAX_INLINE void Find(const Problem& p, const int32_t* table, int64_t first, int
     const T* row = static_cast<const T*>(p.pages) + (page * p.page_size + offset) * width;
     for (; j < count && offset < p.page_size; ++j, ++offset, row += width) slots->row[j] = row;
   }
-  for (int j = count; j < kBlock; ++j) slots->row[j] = slots->row[count - 1];
+  for (int j = count; j < B; ++j) slots->row[j] = slots->row[count - 1];
   slots->count = count;
 }
 
 // logits[r][j] = q[r] · key j for R query rows and, at least, j in [low, high).
 template <int W, int R, typename T>
 PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch, int low, int high,
-                       float (*logits)[kBlock]) {
+                       float (*logits)[kSpan]) {
   using F = typename Lanes<W>::F;
   for (int j = low / kKeys * kKeys; j < high; j += kKeys) {
     fetch.Some();
@@ -172,7 +189,7 @@ PJAX_INLINE void Score(const float* q, int64_t head_size, const Strip<T>& strip,
 
 // acc[r] = acc[r] · shrink[r] + Σ_j weights[r][j] · value j for R query rows and V vectors of the head, from h on.
 template <int W, int R, int V, typename T>
-PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
+PJAX_INLINE void AddSome(const float (*weights)[kSpan], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
                          int low, int high, int64_t h, float* acc) {
   using F = typename Lanes<W>::F;
   F sum[R][V];
@@ -193,7 +210,7 @@ PJAX_INLINE void AddSome(const float (*weights)[kBlock], const float* shrink, in
 
 // The same for the whole head.
 template <int W, int R, typename T>
-PJAX_INLINE void Add(const float (*weights)[kBlock], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
+PJAX_INLINE void Add(const float (*weights)[kSpan], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
                      int low, int high, float* acc) {
   constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
   int64_t h = 0;
@@ -211,14 +228,17 @@ struct Rows {
   float *q, *acc, *top, *total;  // [rows, H], [rows, H], [rows], [rows]
 };
 
-// One flash step of the query rows [m, m + R) and one KV head, over keys [low, high) of a block.
+// One flash step of the query rows [m, m + R) and one KV head, over keys [low, high) of a span.
 template <int W, int R, typename T>
 PJAX_INLINE void Step(const Problem& p, const Rows& rows, Strip<T> strip, Fetch<T>& fetch, int low, int high, int m) {
-  alignas(64) float logits[R][kBlock];
+  alignas(64) float logits[R][kSpan];
   float shrink[R];
   const int64_t size = p.head_size, values = p.num_kv_heads * size;
   Score<W, R>(rows.q + m * size, size, strip, fetch, low, high, logits);
-  for (int r = 0; r < R; ++r) shrink[r] = Soften<W>(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
+  for (int r = 0; r < R; ++r) {
+    fetch.Some();
+    shrink[r] = Soften<W>(logits[r], low, high, p.softcap, &rows.top[m + r], &rows.total[m + r]);
+  }
   strip.offset += values;
   Add<W, R>(logits, shrink, size, strip, fetch, low, high, rows.acc + m * size);
 }
@@ -245,7 +265,7 @@ PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float
   const int32_t* table = p.tables + item.row * p.table_width;
   const int64_t last = p.kv_lens[item.row] - (p.row_starts[item.row + 1] - item.first) + 1;
   const int64_t seen = p.window > 0 ? std::max<int64_t>(last - p.window, 0) : 0;  // keys [seen, last)
-  const int64_t begin = seen / kBlock * kBlock;
+  const int64_t begin = seen / kSpan * kSpan;
   const int64_t piece = (last - begin + 4 * item.parts - 1) / (4 * item.parts) * 4;  // keys of this part: [from, to)
   const int64_t from = begin + item.part * piece, to = std::min(last, from + piece);
 
@@ -259,21 +279,21 @@ PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float
   std::fill(acc, acc + sums, 0.0f);
   std::fill(top, top + all, kMasked);
 
-  Slots<T> slots[2];
+  Slots<T, kSpan> slots[2];
   int turn = 0;
-  auto find = [&](int64_t first, Slots<T>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), found); };
+  auto find = [&](int64_t first, Slots<T, kSpan>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kSpan, to - first)), found); };
   const int64_t row_bytes = 2 * p.num_kv_heads * size * static_cast<int64_t>(sizeof(T));
-  // Score and Add fetch kBlock / kKeys times each, for N query rows of a head.
-  const int64_t times = 2 * kBlock / kKeys * item.num_kv_heads * ((rows + N - 1) / N);
-  const int some = static_cast<int>((kBlock * row_bytes / 64 + times - 1) / times);
+  // For N query rows of a head Score fetches kSpan / kKeys times and Add about twice as often; between them each row does once.
+  const int64_t times = item.num_kv_heads * (3 * kSpan / kKeys * ((rows + N - 1) / N) + rows);
+  const int some = static_cast<int>((kSpan * row_bytes / 64 + times - 1) / times);
   if (from < to) {
     find(from, &slots[0]);
-    Fetch<T>{slots[0].row, row_bytes, slots[0].count, kBlock * 64}.Some();
+    Fetch<T>{slots[0].row, row_bytes, slots[0].count, kSpan * 64}.Some();
   }
-  for (int64_t first = from; first < to; first += kBlock, turn ^= 1) {
-    const Slots<T>& now = slots[turn];
-    const bool is_last = first + kBlock >= to;
-    if (!is_last) find(first + kBlock, &slots[turn ^ 1]);
+  for (int64_t first = from; first < to; first += kSpan, turn ^= 1) {
+    const Slots<T, kSpan>& now = slots[turn];
+    const bool is_last = first + kSpan >= to;
+    if (!is_last) find(first + kSpan, &slots[turn ^ 1]);
     const int low = static_cast<int>(std::clamp<int64_t>(seen - first, 0, now.count));
     if (low == now.count) continue;
     Fetch<T> fetch{slots[turn ^ 1].row, row_bytes, is_last ? 0 : slots[turn ^ 1].count, some};
@@ -423,7 +443,7 @@ PJAX_INLINE void RunPrefill(const Problem& p, const Item& item, std::vector<floa
 
   std::vector<int> bounds(2 * vectors * W);
   int *low = bounds.data(), *high = low + vectors * W;
-  Slots<T> slots;
+  Slots<T, kBlock> slots;
   for (int64_t first = begin; first < to; first += kBlock) {
     Find(p, p.tables + item.row * p.table_width, first, static_cast<int>(std::min<int64_t>(kBlock, to - first)), &slots);
     Block keys, values;
