@@ -133,8 +133,12 @@ PJAX_INLINE void Pack(const X* x, int64_t rows, int64_t depth, float* to) {
     for (int m = 0; m < W; ++m) to[i * W + m] = m < rows ? Load1(x + m * depth + i) : 0.0f;
 }
 
+// How the next tile of W is fetched: not at all, its lines as they lie, or, where its rows are parts of longer ones, a line of each in turn.
+// (As they lie is best: rows side by side may share few of the first cache's sets.)
+enum class Fetch { kNone, kInOrder, kAcross };
+
 // y[n][m] (+)= Σ_i w[m][i] · x[n][i] for M rows of w and V vectors of packed x, of whose rows there are `rows`.
-template <int W, int M, int V, bool kFetch>
+template <int W, int M, int V, Fetch kFetch>
 PJAX_INLINE void PackedTile(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t rows, int64_t depth, bool add,
                             float* y, int64_t y_stride) {
   using F = typename Lanes<W>::F;
@@ -142,8 +146,10 @@ PJAX_INLINE void PackedTile(const float* w, int64_t w_stride, const float* x, in
   F sum[M][V] = {};
 #pragma GCC unroll 4
   for (int64_t i = 0; i < depth; ++i) {
-    if constexpr (kFetch)  // a line of one of the next tile's rows
-      if (i % (kLine / M) == 0) __builtin_prefetch(w + (M + i / (kLine / M) % M) * w_stride + i / kLine * kLine);
+    if constexpr (kFetch != Fetch::kNone)
+      if (i % (kLine / M) == 0)
+        __builtin_prefetch(w + M * w_stride +
+                           (kFetch == Fetch::kInOrder ? i * M : i / (kLine / M) % M * w_stride + i / kLine * kLine));
     F factors[V];
     PJAX_UNROLL for (int v = 0; v < V; ++v) factors[v] = Held(Load<W>(x + v * x_stride + i * W));
     PJAX_UNROLL for (int m = 0; m < M; ++m) {
@@ -208,8 +214,11 @@ PJAX_INLINE void ManyRows(const Problem& p, int64_t first, int64_t last, float* 
           for (; m < end - o; m += kOuts) tile(std::integral_constant<int, kOuts>(), m);
         };
         auto some = [&](auto number) __attribute__((always_inline)) {
-          constexpr std::integral_constant<bool, sizeof(T) == 4> kIsFar;  // widened weights are near
-          turn == 0 ? tiles(number, kIsFar) : tiles(number, std::false_type());
+          if constexpr (sizeof(T) == 4)  // widened weights are near
+            if (turn == 0)
+              return stride == depth ? tiles(number, std::integral_constant<Fetch, Fetch::kInOrder>())
+                                     : tiles(number, std::integral_constant<Fetch, Fetch::kAcross>());
+          tiles(number, std::integral_constant<Fetch, Fetch::kNone>());
         };
         if (count == 3) some(std::integral_constant<int, 3>());
         if (count == 2) some(std::integral_constant<int, 2>());
