@@ -50,6 +50,7 @@ class Group:
         self._gathering = place.rank == 0  # a host that leaves before all are here may come again
         self._tell_clients: Callable[[str], None] | None = None
         self._announcing = False
+        self._is_ending = False
         self._interrupt: BaseException | None = None
         self._closed = False
         self._byes: set[int] = set()
@@ -256,11 +257,12 @@ class Group:
     def _end(self, message: str) -> None:
         """In any thread but the last: the first reason counts, and the process ends."""
         with self._lock:
-            if self.error is not None or self._closed:
+            if self._is_ending or self.error is not None or self._closed:
                 return
-            self.error = message
+            self._is_ending = True
+        self._tell_others(message)  # before any other thread sees that it ends, and may end the process
+        self.error = message
         log.error("rank %d of %d: %s", self.rank, self.size, message)
-        self._tell_others(message)
         self.ended.set()
         threading.Thread(target=self._last_words, args=(message,), name="pjax-end", daemon=True).start()
 
@@ -276,9 +278,13 @@ class Group:
     def quit(self) -> None:
         """Ends this process, once what was on its way to the others has left; status 1, and a last line that says why."""
         until = time.monotonic() + LAST_WORDS
-        for link in self._links.values():
-            link.close(max(until - time.monotonic(), 0))
-        _exit(1, f"rank {self.rank} of {self.size} ends: {self.error}")
+        try:
+            with self._lock:
+                links = list(self._links.values())
+            for link in links:
+                link.close(max(until - time.monotonic(), 0))
+        finally:  # whatever comes between, a signal say
+            _exit(1, f"rank {self.rank} of {self.size} ends: {self.error}")
 
     def _end_with_rank_0(self) -> None:
         if not self._closed:  # a process that has ended its work as a host may have other work

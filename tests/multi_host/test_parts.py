@@ -350,7 +350,9 @@ def test_a_host_that_fails_says_why_before_it_ends(monkeypatch: pytest.MonkeyPat
         failing._links[1] = first
         monkeypatch.setattr(first._connection, "send_bytes", lambda data: (time.sleep(0.2), said.append(data)) if data else None)
         failing._end("rank 0 failed: x")
-        failing.quit()
-        assert at_the_end[0] == (1, "rank 0 of 2 ends: rank 0 failed: x", 1)
-        assert decode(said[0])[:2] == ("lost", {"message": "rank 0 failed: x"})
-        wait_for(lambda: len(at_the_end) == 2)  # the thread of its last words comes to the same
+        try:
+            failing.quit()
+            assert at_the_end[0] == (1, "rank 0 of 2 ends: rank 0 failed: x", 1)
+            assert decode(said[0])[:2] == ("lost", {"message": "rank 0 failed: x"})
+        finally:
+            wait_for(lambda: len(at_the_end) == 2)  # the thread of its last words comes to the same

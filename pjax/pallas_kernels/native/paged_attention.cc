@@ -208,11 +208,21 @@ PJAX_INLINE void AddSome(const float (*weights)[kSpan], const float* shrink, int
     PJAX_UNROLL for (int v = 0; v < V; ++v) std::memcpy(acc + r * head_size + h + v * W, &sum[r][v], sizeof(F));
 }
 
+// Vectors of a head that are added to at a time: enough sums to hide the latency of an addition, no more than there are registers for.
+constexpr int Wide(int rows) { return rows == 1 ? 8 : 4; }
+
+// How often a step of so many query rows fetches for each kKeys keys: once in Score, and once for each part of the head in Add.
+template <int W>
+PJAX_INLINE int64_t Fetches(int rows, int64_t head_size) {
+  const int64_t rest = head_size % (Wide(rows) * W);
+  return 1 + head_size / (Wide(rows) * W) + rest / (4 * W) + rest % (4 * W) / 16;
+}
+
 // The same for the whole head.
 template <int W, int R, typename T>
 PJAX_INLINE void Add(const float (*weights)[kSpan], const float* shrink, int64_t head_size, const Strip<T>& strip, Fetch<T>& fetch,
                      int low, int high, float* acc) {
-  constexpr int kWide = R == 1 ? 8 : 4;  // enough sums to hide the latency of an addition, no more than there are registers for
+  constexpr int kWide = Wide(R);
   int64_t h = 0;
   auto add = [&](auto vectors) __attribute__((always_inline)) {
     for (; h + vectors() * W <= head_size; h += vectors() * W)
@@ -283,8 +293,10 @@ PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float
   int turn = 0;
   auto find = [&](int64_t first, Slots<T, kSpan>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kSpan, to - first)), found); };
   const int64_t row_bytes = 2 * p.num_kv_heads * size * static_cast<int64_t>(sizeof(T));
-  // For N query rows of a head Score fetches kSpan / kKeys times and Add about twice as often; between them each row does once.
-  const int64_t times = item.num_kv_heads * (3 * kSpan / kKeys * ((rows + N - 1) / N) + rows);
+  const int rest = rows % N;
+  int64_t times = rows / N * Fetches<W>(N, size) + (rest >= 3 ? Fetches<W>(3, size) : 0);  // of one head and kKeys keys
+  if (rest % 3 > 0) times += Fetches<W>(rest % 3, size);
+  times = item.num_kv_heads * (times * kSpan / kKeys + rows);  // and once for each row between the two
   const int some = static_cast<int>((kSpan * row_bytes / 64 + times - 1) / times);
   if (from < to) {
     find(from, &slots[0]);
