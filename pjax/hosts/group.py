@@ -46,11 +46,10 @@ class Group:
         """Rank 0: called when another host was told to end."""
         self._links: dict[int, Link] = {}
         self._inbox: queue.SimpleQueue[tuple[int, str, dict[str, Any], Arrays]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # telling the others may find one of them lost
         self._gathering = place.rank == 0  # a host that leaves before all are here may come again
         self._tell_clients: Callable[[str], None] | None = None
         self._announcing = False
-        self._is_ending = False
         self._interrupt: BaseException | None = None
         self._closed = False
         self._byes: set[int] = set()
@@ -257,11 +256,10 @@ class Group:
     def _end(self, message: str) -> None:
         """In any thread but the last: the first reason counts, and the process ends."""
         with self._lock:
-            if self._is_ending or self.error is not None or self._closed:
+            if self.error is not None or self._closed:
                 return
-            self._is_ending = True
-        self._tell_others(message)  # before any other thread sees that it ends, and may end the process
-        self.error = message
+            self.error = message
+            self._tell_others(message)  # under the lock, for which `quit` in another thread waits
         log.error("rank %d of %d: %s", self.rank, self.size, message)
         self.ended.set()
         threading.Thread(target=self._last_words, args=(message,), name="pjax-end", daemon=True).start()

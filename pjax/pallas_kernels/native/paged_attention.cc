@@ -75,6 +75,7 @@ PJAX_INLINE typename Lanes<W>::F Exp(typename Lanes<W>::F x) {
 }
 PJAX_INLINE float Exp(float x) { return Exp<4>(Spread<4>(x))[0]; }
 
+// The greatest of W numbers, none of which is NaN.
 template <int W>
 PJAX_INLINE float Most(typename Lanes<W>::F v) {
   if constexpr (W == 1) {
@@ -293,10 +294,12 @@ PJAX_INLINE void RunDecode(const Problem& p, const Item& item, std::vector<float
   int turn = 0;
   auto find = [&](int64_t first, Slots<T, kSpan>* found) { Find(p, table, first, static_cast<int>(std::min<int64_t>(kSpan, to - first)), found); };
   const int64_t row_bytes = 2 * p.num_kv_heads * size * static_cast<int64_t>(sizeof(T));
-  const int rest = rows % N;
-  int64_t times = rows / N * Fetches<W>(N, size) + (rest >= 3 ? Fetches<W>(3, size) : 0);  // of one head and kKeys keys
-  if (rest % 3 > 0) times += Fetches<W>(rest % 3, size);
-  times = item.num_kv_heads * (times * kSpan / kKeys + rows);  // and once for each row between the two
+  int64_t times = rows;  // that a head's steps fetch: once for each row, between Score and Add
+  for (int m = 0, count; m < rows; m += count) {
+    count = rows - m >= N ? N : std::min(rows - m, 3);
+    times += Fetches<W>(count, size) * kSpan / kKeys;
+  }
+  times *= item.num_kv_heads;
   const int some = static_cast<int>((kSpan * row_bytes / 64 + times - 1) / times);
   if (from < to) {
     find(from, &slots[0]);
