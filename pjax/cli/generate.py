@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pjax.cli.common import add_model, add_sampling, engine_options, model_or_demo, sampling_params
+from pjax.cli.common import add_model, add_sampling, open_engine, sampling_params
 from pjax.cli.flags import Parser
 from pjax.errors import ConfigError
 
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         from pjax.text.chat_template import read_template
 
         template = read_template(Path(args.chat_template))
-    engine = make_engine(args, len(prompts))
+    rows = min(len(prompts), 64) if args.max_num_seqs is None else args.max_num_seqs
+    engine = open_engine(args, max_num_seqs=rows, seed=0)  # that compiles just what the prompts need
     ids = add_requests(engine, args, prompts, params, template)
     with nullcontext() if args.profile is None else profiler_trace(args.profile):
         outputs = show(in_order(engine, ids), prompts, args.json)
@@ -92,16 +94,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ConfigError("there is no prompt; give one as an argument, by --file, or on standard input (see --help)")
     return prompts
-
-
-def make_engine(args: argparse.Namespace, num_prompts: int) -> LLMEngine:
-    """An engine that compiles just what the prompts need."""
-    from pjax.config import EngineConfig
-    from pjax.engine import LLMEngine
-
-    rows = min(num_prompts, 64) if args.max_num_seqs is None else args.max_num_seqs
-    config = EngineConfig(**engine_options(args, max_num_seqs=rows, seed=0))
-    return LLMEngine(model_or_demo(args.model), config, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
 
 
 def add_requests(
@@ -170,9 +162,7 @@ def as_record(output: RequestOutput, prompt: str) -> dict[str, Any]:
 
 def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
     """Times and speeds, on standard error."""
-    import psutil
-
-    to_wall = time.time() - time.monotonic()
+    began = time.monotonic() - process_age()
     firsts = [output.metrics.first_token_time or 0.0 for output in outputs]
     first, last = min(firsts), max(output.metrics.finished_time or 0.0 for output in outputs)
     num_in = sum(len(output.prompt_token_ids) for output in outputs)
@@ -181,12 +171,23 @@ def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
     later = num_out - sum(1 for time_of_first in firsts if time_of_first == first)
     lines = [
         f"prompts          {len(outputs)} ({num_in} tokens in, {num_cached} of them cached, {num_out} out)",
-        f"first token      {first + to_wall - psutil.Process().create_time():.2f} s after the process began",
+        f"first token      {first - began:.2f} s after the process began",
         f"generation       {last - first:.2f} s after the first token, {later / max(last - first, 1e-9):.1f} tokens/s",
         f"compiled steps   {compilations}",
         f"preemptions      {sum(output.metrics.num_preemptions for output in outputs)}",
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def process_age() -> float:
+    """Seconds since this process began: on Linux in hundredths. (psutil counts from a boot time in whole seconds there.)"""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        import psutil
+
+        return time.time() - psutil.Process().create_time()
 
 
 def profiler_trace(folder: str) -> AbstractContextManager[None]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from pjax.cli.common import ONE_HOST, add_model, add_sampling, engine_options, model_or_demo, sampling_params
+from pjax.cli.common import ONE_HOST, add_model, add_sampling, open_engine, sampling_params
 from pjax.cli.flags import Parser
 from pjax.errors import InvalidRequestError, PjaxError
 
@@ -54,12 +53,7 @@ class Local:
     """A model in this process."""
 
     def __init__(self, args: argparse.Namespace, params: Any) -> None:
-        from pjax.config import EngineConfig
-        from pjax.engine import LLMEngine
-
-        config = EngineConfig(**engine_options(args, seed=0))
-        model = model_or_demo(args.model)
-        self._engine = LLMEngine(model, config, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
+        self._engine = open_engine(args, seed=0)
         self._params = params
         self.name = str(args.model or "demo")
 

@@ -20,12 +20,13 @@ import numpy as np
 from pjax.config import EngineConfig
 from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
-from pjax.engine.opening import open_source
+from pjax.engine.opening import TokenizerOf, open_source, open_tokenizer
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
 from pjax.errors import ConfigError, UnsupportedError
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
 from pjax.models import ModelSource
+from pjax.models.arena import Arena
 from pjax.models.given import match
 from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
@@ -33,8 +34,6 @@ from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, can_keep, use_compilation_cache
 from pjax.scheduler import Request, Scheduler, StepPlan
-from pjax.text.loading import load_tokenizer
-from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,8 @@ class LLMEngine:
 
     With `nnodes` the same is made on every host. On rank 0 it is as on one host; on the others it runs rank 0's steps, and ends
     the process (SystemExit, status 0) when rank 0's ends.
+
+    `arena` is memory that a caller had got for the parameters while it was importing this; the rest is as `pjax.LLM` has it.
     """
 
     def __init__(
@@ -77,34 +78,34 @@ class LLMEngine:
         tokenizer: str | Path | None = None,
         skip_tokenizer_init: bool = False,
         progress: bool = True,
+        arena: Arena | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.hosts = gather_hosts(model, config, params)
         with told(self.hosts):
-            self._prepare(model, config, params, tokenizer, skip_tokenizer_init, progress)
+            tokenizer_of = partial(
+                open_tokenizer, tokenizer=tokenizer, skip=skip_tokenizer_init, is_module=not isinstance(model, str | Path)
+            )
+            self._prepare(model, config, params, tokenizer_of, progress, arena)
         if self.hosts is not None:
             begin(self.hosts, self.runner)
 
-    def _prepare(
-        self, model: Any, config: EngineConfig, params: Any, tokenizer: str | Path | None, skip_tokenizer_init: bool, progress: bool
-    ) -> None:
+    def _prepare(self, model: Any, config: EngineConfig, params: Any, tokenizer: TokenizerOf, progress: bool, arena: Arena | None) -> None:
         mesh = choose_mesh(config)
         platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
         self.config = config = config.for_platform(platform)
-        source, layer_mode = open_source(model, config, platform, mesh)
+        source, layer_mode = open_source(model, config, platform, mesh, arena)
         agree_on_model(self.hosts, source)
-        if tokenizer is None and not skip_tokenizer_init and not isinstance(model, str | Path):
-            raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
         self._abstract = source.abstract
         given = None if params is None else match(source.abstract, params)
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         devices = () if mesh is None else mesh.local_devices
         sizes = self._choose_sizes(source, kv_dtype, devices)  # before any weights take memory
-        self.tokenizer: Tokenizer | None = None if skip_tokenizer_init else load_tokenizer(Path(tokenizer or source.path))
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows
+        self.tokenizer = tokenizer(source)
         self.model_config = source.config
         each = "" if source.shares is None else f" on each of {source.shares.size} devices"
         log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)

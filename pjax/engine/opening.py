@@ -1,21 +1,28 @@
-"""The model that an engine was given, as a source of its parameters."""
+"""The model that an engine was given, as a source of its parameters, and its tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
 from pjax.models import ModelSource, open_model
+from pjax.models.arena import Arena
 from pjax.models.given import source_of
+from pjax.text.loading import load_tokenizer
+from pjax.text.tokenizer import Tokenizer
+
+TokenizerOf = Callable[[ModelSource], Tokenizer | None]
 
 
-def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any) -> tuple[ModelSource, str]:
+def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, arena: Arena | None = None) -> tuple[ModelSource, str]:
     """The model and how its layers run."""
     if isinstance(model, str | Path):
         layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
-        return open_model(model, dtype=_resolve_dtype(config.dtype, platform), layer_mode=layer_mode, mesh=mesh), layer_mode
+        dtype = _resolve_dtype(config.dtype, platform)
+        return open_model(model, dtype=dtype, layer_mode=layer_mode, mesh=mesh, arena=arena), layer_mode
     if mesh is not None:
         raise ConfigError("tensor parallelism with a model that is a module: give the checkpoint's path, and params= in the mesh")
     source, own_mode = source_of(model), str(model.blocks.mode)
@@ -23,6 +30,19 @@ def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any) -> t
         if asked not in ("auto", own):
             raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
     return source, own_mode
+
+
+def open_tokenizer(source: ModelSource, *, tokenizer: str | Path | None, skip: bool, is_module: bool) -> Tokenizer | None:
+    """The tokenizer that was named, or the checkpoint's; None where it is to be skipped. What fails ends the source's loading too."""
+    if skip:
+        return None
+    try:
+        if tokenizer is None and is_module:
+            raise ConfigError("model is a module, which has no tokenizer: give tokenizer= a path, or set skip_tokenizer_init")
+        return load_tokenizer(Path(tokenizer or source.path), header=source.header if tokenizer is None else None)
+    except BaseException:
+        source.close()
+        raise
 
 
 def _resolve_dtype(dtype: str, platform: str) -> str:

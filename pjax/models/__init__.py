@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
+    from pjax.gguf_header import GGUFHeader
+    from pjax.models.arena import Arena
     from pjax.models.sharding import Shares
 
 FAMILIES: dict[str, str] = {
@@ -42,8 +45,10 @@ class ModelSource:
     abstract: nnx.State[Any, Any]  # of jax.ShapeDtypeStruct
     eos_token_ids: tuple[int, ...]
     path: Path
+    header: GGUFHeader | None = None  # of a GGUF file, which has the tokenizer too
     dtype: str
     read_weights: Callable[[bool, Any], nnx.State[Any, Any]]
+    close: Callable[[], None] = lambda: None  # ends a `load` in another thread with an error, at its next tensor
     shares: Shares | None = None  # where it is divided over a mesh: `graph` is of one share, `abstract` of all in their places
 
     def load(self, *, progress: bool = True, shardings: Any = None) -> nnx.State[Any, Any]:
@@ -104,11 +109,14 @@ def find_family(hf_config: Mapping[str, Any]) -> Any:
     raise UnsupportedError(f"architecture {shown} is not supported; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", mesh: Mesh | None = None) -> ModelSource:
+def open_model(
+    model: str | Path, *, dtype: str, layer_mode: str = "unroll", mesh: Mesh | None = None, arena: Arena | None = None
+) -> ModelSource:
     """Opens a checkpoint (folder, .gguf file or hub id) for parameters of `dtype` ("auto": the checkpoint's).
 
     Args:
       mesh: what the model is divided over (tensor parallelism): its axis "model"; by default it is on one device.
+      arena: memory for the parameters that was got before; what they do not need of it is given back when they are loaded.
 
     Raises ConfigError when the mesh does not divide the model, CheckpointError when the checkpoint is missing, damaged or does not
     fit its config, UnsupportedError when pjax has no such architecture or does not apply a field of its config.
@@ -131,13 +139,13 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", mes
     graph, abstract = nnx.split(nnx.eval_shape(lambda: make(config))) if shares is None else (shares.graph, shares.abstract)
 
     def read_weights(progress: bool, shardings: Any) -> nnx.State[Any, Any]:
-        with checkpoint:
+        with checkpoint, nullcontext() if arena is None else arena:
             if shares is None and isinstance(checkpoint, OrbaxFolder) and layer_mode != "scan" and checkpoint.fits(tensors.sources):
                 return checkpoint.load(abstract, shardings, progress=progress)
-            stacked = config.num_layers if layer_mode == "scan" else 0
+            options: dict[str, Any] = {"stacked_layers": config.num_layers if layer_mode == "scan" else 0, "progress": progress}
             if shares is not None:
-                return shares.load(tensors.sources, tensors.read, stacked_layers=stacked, progress=progress)
-            return load_into(abstract, tensors.sources, tensors.rows, stacked_layers=stacked, progress=progress, shardings=shardings)
+                return shares.load(tensors.sources, tensors.read, **options)
+            return load_into(abstract, tensors.sources, tensors.rows, shardings=shardings, arena=arena, **options)
 
     return ModelSource(
         config=config,
@@ -145,8 +153,10 @@ def open_model(model: str | Path, *, dtype: str, layer_mode: str = "unroll", mes
         abstract=abstract,
         eos_token_ids=_token_ids(checkpoint.generation_config().get("eos_token_id", hf.get("eos_token_id"))),
         path=checkpoint.path,
+        header=checkpoint.header,
         dtype=dtype,
         read_weights=read_weights,
+        close=checkpoint.close,
         shares=shares,
     )
 

@@ -233,8 +233,8 @@ def from_gguf(name: str, array: np.ndarray, config: LlamaConfig, model_type: str
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
     if heads is None or model_type != "llama":
         return array
-    pairs = array.reshape(heads, config.head_size // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
+    rows = np.arange(len(array)).reshape(heads, config.head_size // 2, 2).swapaxes(1, 2).reshape(-1)
+    return array[rows]
 
 
 Config, Model = LlamaConfig, Llama

@@ -19,8 +19,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pjax.errors import ConfigError, UnsupportedError
+from pjax.models.arena import aligned_empty
+from pjax.models.copying import numpy_dtype
 from pjax.models.layers import Axis, Embedding, Linear
-from pjax.models.weights import Piece, Source, aligned_empty, loading_bar, numpy_dtype, source_paths, warn_of
+from pjax.models.weights import Piece, Source, loading_bar, source_paths, warn_of
 
 MODEL_AXIS = "model"
 MESH_AXES: dict[str, str | None] = {

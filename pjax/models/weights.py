@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from pjax.errors import CheckpointError
+from pjax.models.arena import Arena
+from pjax.models.copying import copy_and_check, numpy_dtype
 
-T = TypeVar("T")
 Shape = tuple[int, ...]
-ALIGNMENT = 64
-NUM_THREADS = min(os.cpu_count() or 1, 8)  # that copy weights
-BLOCK = 64 << 20  # bytes of memory that parameters share
-CHUNK = 1 << 16  # elements copied and checked at once
-_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinite
 MAX_NAMED = 20  # tensors in one warning
 log = logging.getLogger(__name__)
 
@@ -122,61 +113,6 @@ class Source:
             first += len(array)
 
 
-def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
-    """Casts `array` into `target`, contiguous and of the same shape; how many values are NaN or infinite then.
-
-    A few rows at a time, so that what is checked is still in the processor's cache: the check costs a small part of the copy
-    (docs/checkpoints.md has the figures).
-    """
-    if target.ndim == 0:
-        return _copy_and_check(target[None], array[None], 0, 1)
-    return sum(in_parts(partial(_copy_and_check, target, array), len(target), target.size))
-
-
-def _copy_and_check(target: np.ndarray, array: np.ndarray, first: int, last: int) -> int:
-    exponent = np.array(_EXPONENTS[target.dtype.name], f"u{target.dtype.itemsize}")
-    step, count = max(CHUNK * len(target) // max(target.size, 1), 1), 0
-    scratch = np.empty((min(step, last - first), *target.shape[1:]), exponent.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(first, last, step):
-            rows = target[start : min(start + step, last)]
-            _cast(rows, array[start : start + len(rows)])
-            bits = np.bitwise_and(rows.view(exponent.dtype), exponent, out=scratch[: len(rows)])
-            if bits.size and bits.max() == exponent:
-                count += int(np.count_nonzero(bits == exponent))
-    return count
-
-
-def in_parts(function: Callable[[int, int], T], length: int, num_values: int) -> list[T]:
-    """`function(first, last)` for parts of a range, side by side in a few threads where there are many values to go through."""
-    parts = min(NUM_THREADS, length) if num_values > 8 * CHUNK else 1
-    ends = [length * part // parts for part in range(parts + 1)]
-    if parts == 1:
-        return [function(0, length)]
-    return list(_threads().map(function, ends[:-1], ends[1:]))
-
-
-@lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    """Those that copy and dequantise; numpy gives up the interpreter's lock meanwhile."""
-    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="pjax-copy")
-
-
-def _cast(target: np.ndarray, array: np.ndarray) -> None:
-    """target[...] = array; float16 by a table of its values, 1.7 times as fast as numpy's own conversion."""
-    if array.dtype != np.float16 or target.dtype == np.float16:
-        target[...] = array
-        return
-    bits = f"u{target.itemsize}"
-    np.take(_float16_as(target.dtype.name).view(bits), array.view(np.uint16), out=target.view(bits), mode="clip")
-
-
-@lru_cache(maxsize=4)
-def _float16_as(dtype: str) -> np.ndarray:
-    """Every float16 by its bits, in another type."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(numpy_dtype(dtype))
-
-
 def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
     """Every parameter's path and sources, one entry a layer."""
     sources: dict[str, Source] = {}
@@ -216,6 +152,7 @@ def load_into(
     stacked_layers: int = 0,
     progress: bool = True,
     shardings: Any = None,
+    arena: Arena | None = None,
 ) -> nnx.State[Any, Any]:
     """The state with every abstract leaf replaced by its tensor, on the default device or as `shardings` says.
 
@@ -228,10 +165,12 @@ def load_into(
       read: a tensor by its Hugging Face name.
       stacked_layers: how many layers are stacked on axis 0 of the parameters under `blocks.`; 0: none are.
       shardings: a tree like `abstract` with a jax.sharding.Sharding at every leaf.
+      arena: where the parameters are to lie.
     """
     flat = list(nnx.to_flat_state(abstract))
     places = flat_shardings(abstract, shardings)
-    loaded, bad, arena = [], list[str](), Arena()
+    loaded, bad, arena = [], list[str](), arena or Arena()
+    arena.expect(sum(leaf.size * leaf.dtype.itemsize for _, leaf in flat))
     with loading_bar(abstract, progress) as bar:
         for path, leaf in flat:
             target = arena.empty(leaf.shape, numpy_dtype(leaf.dtype))
@@ -289,34 +228,3 @@ def source_paths(path: Sequence[Any], stacked_layers: int) -> list[str]:
     if stacked_layers:
         return [".".join(["blocks", str(layer), *words[2:]]) for layer in range(stacked_layers)]
     return [".".join(["blocks", *words[2:]])]
-
-
-def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """Uninitialised memory that a CPU device takes over without a copy: XLA asks for 64-byte alignment."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-class Arena:
-    """Parameters side by side in large blocks, which the system backs with large pages: a CPU streams weights faster from them.
-
-    A block lives as long as any array in it.
-    """
-
-    def __init__(self) -> None:
-        self._free = np.empty(0, np.uint8)
-
-    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        """As `aligned_empty`."""
-        size = math.prod(shape) * dtype.itemsize
-        if size > len(self._free):
-            self._free = aligned_empty((max(size, BLOCK),), np.dtype(np.uint8))
-        taken, self._free = self._free[:size], self._free[-(-size // ALIGNMENT) * ALIGNMENT :]
-        return taken.view(dtype).reshape(shape)
-
-
-def numpy_dtype(dtype: Any) -> np.dtype[Any]:
-    """A parameter's type in numpy, or ml_dtypes."""
-    return np.dtype(ml_dtypes.bfloat16) if str(dtype) == "bfloat16" else np.dtype(dtype)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from pjax.errors import CheckpointError, UnsupportedError
-from pjax.gguf_header import read_gguf_header
+from pjax.gguf_header import GGUFHeader, read_gguf_header
 from pjax.text.tokenizer import Tokenizer
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,9 +31,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of the format
 class _Metadata:
     """The `tokenizer.*` fields of a GGUF file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: GGUFHeader | None) -> None:
         self.path = path
-        self._fields = read_gguf_header(path).metadata
+        self._fields = (header or read_gguf_header(path)).metadata
 
     @property
     def architecture(self) -> Any:
@@ -63,12 +63,12 @@ class _Metadata:
         return index
 
 
-def load_gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that a .gguf file carries.
+def load_gguf_tokenizer(path: Path, header: GGUFHeader | None = None) -> Tokenizer:
+    """The tokenizer that a .gguf file carries; `header` is the file's, where it has been read.
 
     Raises CheckpointError when a field is missing or damaged, UnsupportedError when the kind of tokenizer is not supported.
     """
-    metadata = _Metadata(path)
+    metadata = _Metadata(path, header)
     model = metadata.get("ggml.model")
     if model not in ("gpt2", "llama"):
         raise UnsupportedError(f"{path}: tokenizer.ggml.model is {model!r}; supported: gpt2, llama")

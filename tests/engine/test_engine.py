@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pjax import LLM, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
+from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
 from pjax.config import EngineConfig
+from pjax.models.checkpoints.hf_folder import HFFolder
 from pjax.runner.rules import write_row, write_tokens
 from pjax.runner.swap import COPY_SIZES
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
@@ -158,6 +160,26 @@ def test_chat_applies_the_template(llm: LLM) -> None:
     assert own[0].prompt_token_ids == llm.get_tokenizer().encode(f"w {len(messages)}", add_special_tokens=False)
     with pytest.raises(ConfigError, match=r"chat template none\.jinja is not readable"):
         llm.chat(messages, greedy(1), use_tqdm=False, chat_template="none.jinja")
+
+
+def test_a_tokenizer_that_fails_ends_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read beside it: of a large model, minutes after the error otherwise."""
+    reads, failed = list[str](), threading.Event()
+    rows = HFFolder.rows
+
+    def slow(self: HFFolder, name: str) -> Any:
+        reads.append(name)
+        assert failed.wait(20)
+        return rows(self, name)
+
+    monkeypatch.setattr(HFFolder, "rows", slow)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        LLM(write_model(tmp_path / "bare", tokenizer=False), **OPTIONS)
+    failed.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("pjax-load"):
+            thread.join(20)
+    assert len(reads) <= 1
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(tmp_path: Path, llm: LLM) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pjax import LLM, convert
-from pjax.models import open_model, weights
+from pjax.models import arena, open_model, weights
 from pjax.models.sharding import make_mesh
 from tests.models import hf
 from tests.tiny import write_model
@@ -61,7 +61,7 @@ def test_bytes_of_other_families(tmp_path: Path, family: str) -> None:
 def test_no_more_of_a_tensor_is_read_than_a_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the host makes for the mesh are shares, one parameter at a time; rows of other shares are not copied."""
     made, copied = list[tuple[int, ...]](), list[int]()
-    empty, copy = weights.aligned_empty, weights.copy_and_check
+    empty, copy = arena.aligned_empty, weights.copy_and_check
 
     def aligned_empty(shape: Any, dtype: Any) -> np.ndarray:
         made.append(tuple(shape))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     piped = generate(*common, cache=tmp_path, stdin="one\n")
     assert piped.stdout == records[0]["text"] + "\n"
     assert piped.stderr == ""
+
+
+def test_times_count_from_the_process_start() -> None:
+    code = "import time; time.sleep(0.3); from pjax.cli.generate import process_age; print(process_age())"
+    before = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT).stdout)
+    assert 0.29 <= age <= time.monotonic() - before + 0.02
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from pjax.errors import CheckpointError
+from pjax.gguf_header import GGUFHeader
 
 
 class Checkpoint(ABC):
@@ -19,10 +20,12 @@ class Checkpoint(ABC):
     Attributes:
       format: "safetensors", "torch", "gguf" or "orbax".
       path: the folder or file.
+      header: of a GGUF file.
     """
 
     format: str
     path: Path
+    header: GGUFHeader | None = None
 
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:

@@ -8,19 +8,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
-from gguf.constants import GGMLQuantizationType as Type
 
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.gguf_header import TensorInfo, read_gguf_header
 from pjax.models.checkpoints.base import Checkpoint
 from pjax.models.checkpoints.gguf_config import ROPE_FACTORS, hf_config
+from pjax.models.checkpoints.gguf_types import BLOCKS
+from pjax.models.checkpoints.gguf_types import GGUFType as Type
 from pjax.models.checkpoints.quantised import Quantised, dequantised
 
-SUPPORTED = (
-    *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1),
-    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
-)
 PLAIN = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16), Type.BF16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -34,7 +30,7 @@ class GGUFFile(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_gguf_header(path)
+        self.header = header = read_gguf_header(path)
         self._metadata, self._tensors = header.metadata, header.tensors
         if (parts := self._metadata.get("split.count", 0)) > 1:
             raise UnsupportedError(f"{path} is one of {parts} parts; supported: a single GGUF file (llama-gguf-split --merge)")
@@ -68,13 +64,10 @@ class GGUFFile(Checkpoint):
 
     def _byte_shape(self, name: str, info: TensorInfo) -> tuple[int, ...]:
         """A tensor's shape with its last axis in bytes."""
-        try:
-            kind = Type(info.kind)
-        except ValueError:
-            raise UnsupportedError(f"{self.path}: tensor {name} has the unknown type {info.kind}") from None
-        if kind not in SUPPORTED:
-            raise UnsupportedError(f"{self.path}: tensor {name} is {kind.name}; supported: {', '.join(t.name for t in SUPPORTED)}")
-        block, size = GGML_QUANT_SIZES[kind]
+        if info.kind not in BLOCKS:
+            raise UnsupportedError(f"{self.path}: tensor {name} {_unsupported(info.kind)}; supported: {', '.join(t.name for t in BLOCKS)}")
+        kind = Type(info.kind)
+        block, size = BLOCKS[kind]
         if info.shape[-1] % block:
             raise CheckpointError(f"{self.path}: tensor {name} has rows of {info.shape[-1]}, but {kind.name} packs {block} at a time")
         return (*info.shape[:-1], info.shape[-1] // block * size)
@@ -100,3 +93,9 @@ class GGUFFile(Checkpoint):
     def close(self) -> None:
         """Forgets the tensors; the file is unmapped with the last array that views it."""
         self._tensors = {}
+
+
+def _unsupported(kind: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    return f"is {GGMLQuantizationType(kind).name}" if kind in list(GGMLQuantizationType) else f"has the unknown type {kind}"

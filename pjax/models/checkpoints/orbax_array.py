@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from pjax.errors import CheckpointError
-from pjax.models.weights import aligned_empty, numpy_dtype
+from pjax.models.arena import aligned_empty
+from pjax.models.copying import numpy_dtype
 
 
 def make_context() -> Any:

@@ -13,7 +13,8 @@ import numpy as np
 
 from pjax.models.checkpoints.orbax_folder import Parameter, write_group, write_manifest
 from pjax.models.checkpoints.stored import DTYPES
-from pjax.models.weights import Source, copy_and_check
+from pjax.models.copying import copy_and_check
+from pjax.models.weights import Source
 
 FORMATS = ("safetensors", "orbax")
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of the safetensors format

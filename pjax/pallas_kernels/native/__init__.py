@@ -30,6 +30,8 @@ def library() -> ctypes.CDLL | None:
             loaded = ctypes.cdll.LoadLibrary(str(path))
             for advise in (loaded.PjaxUseLargePages, loaded.PjaxTouch):
                 advise.argtypes, advise.restype = [ctypes.c_void_p, ctypes.c_uint64], None
+            loaded.PjaxCopyWeights.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64]
+            loaded.PjaxCopyWeights.restype = ctypes.c_int64
             for target, symbol in SYMBOLS.items():
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
         except Exception as error:  # built for another jaxlib: the XLA forms serve as well
