@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
+from pjax.host_memory import host_free_bytes
 from pjax.pallas_kernels.pages import page_bytes
 
 DEFAULT_SWAP_SPACE = 4 << 30
 HOST_SHARE = 0.1  # of free host memory, for pages of preempted requests
-CGROUP = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
@@ -78,19 +77,6 @@ def _free_bytes(devices: Sequence[Any]) -> float:
     if stats and all("bytes_limit" in one for one in stats):
         return float(min(one["bytes_limit"] - one["bytes_in_use"] for one in stats))
     return float(host_free_bytes()) / len(devices)
-
-
-def host_free_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that is free on this machine, or in this container where it may use less (cgroup v2; what caches files can be had back)."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = int((cgroup / "memory.max").read_text()), int((cgroup / "memory.current").read_text())
-        cached = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, ValueError, KeyError):  # no such limit: "max", or no such system
-        return free
-    return min(free, max(limit - used + int(cached), 0))
 
 
 def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:

@@ -31,13 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "pallas_kernels": set(),
     "gguf_header": {"errors"},
-    "models": {"pallas_kernels", "errors", "gguf_header"},
+    "host_memory": set(),
+    "models": {"pallas_kernels", "errors", "gguf_header", "host_memory"},
     "scheduler": {"errors", "params", "outputs"},
     "hosts": {"errors", "config"},
     "runner": {"hosts", "models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
     "text": {"errors", "params", "gguf_header"},
     "convert": {"models", "text", "errors"},
-    "memory": {"pallas_kernels", "errors", "config"},
+    "memory": {"pallas_kernels", "errors", "config", "host_memory"},
     "metrics": {"errors", "config", "outputs"},
 }
 MAY_IMPORT["engine"] = {*MAY_IMPORT}

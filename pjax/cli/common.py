@@ -6,6 +6,8 @@ import argparse
 import gc
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,22 +85,36 @@ def model_or_demo(model: str | None) -> str | Path:
 def open_engine(args: argparse.Namespace, **changes: Any) -> LLMEngine:
     """An engine from the flags; for `changes` see `engine_options`.
 
-    While Python imports what it needs, a thread gets memory for the weights; and nothing is collected, since nothing becomes garbage:
-    collections were a tenth of the time to the first token (docs/decisions/0014-start-up.md).
+    While Python imports what it needs, a thread gets memory for the weights.
     """
     from pjax.models.arena import Arena
 
+    config, model = EngineConfig(**engine_options(args, **changes)), model_or_demo(args.model)
+    with nothing_collected() if config.lazy and config.nnodes == 1 else nullcontext():
+        arena = Arena.ahead_of(model)
+        try:
+            from pjax.engine import LLMEngine
+
+            return LLMEngine(model, config, tokenizer=args.tokenizer, progress=sys.stderr.isatty(), arena=arena)
+        except BaseException:
+            arena.close()
+            raise
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Without garbage collections, and what is there in the end is never looked at again: of imports nothing becomes garbage.
+
+    Collections were a tenth of the time to the first token (docs/decisions/0014-start-up.md).
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
-        model = model_or_demo(args.model)
-        arena = Arena.ahead_of(model)
-        from pjax.engine import LLMEngine
-
-        config = EngineConfig(**engine_options(args, **changes))
-        return LLMEngine(model, config, tokenizer=args.tokenizer, progress=sys.stderr.isatty(), arena=arena)
+        yield
+        gc.freeze()
     finally:
-        gc.freeze()  # none of it will be garbage
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

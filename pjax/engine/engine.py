@@ -20,7 +20,7 @@ import numpy as np
 from pjax.config import EngineConfig
 from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
-from pjax.engine.opening import TokenizerOf, open_source, open_tokenizer
+from pjax.engine.opening import TokenizerOf, bytes_to_come, open_source, open_tokenizer
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
 from pjax.errors import ConfigError, UnsupportedError
@@ -101,7 +101,7 @@ class LLMEngine:
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         devices = () if mesh is None else mesh.local_devices
-        sizes = self._choose_sizes(source, kv_dtype, devices)  # before any weights take memory
+        sizes = self._choose_sizes(source, bytes_to_come(source, arena, platform), kv_dtype, devices)  # before weights take memory
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows
@@ -136,10 +136,10 @@ class LLMEngine:
         if not config.lazy or self.hosts is not None:
             self._wait_for_weights()
 
-    def _choose_sizes(self, source: ModelSource, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
+    def _choose_sizes(self, source: ModelSource, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
         """Pages of the pool, and for how many of them there is host memory."""
         config, model = self.config, source.own_config
-        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=source.num_bytes, devices=devices)
+        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=weight_bytes, devices=devices)
         num_shares = 1 if source.shares is None else min(source.shares.size, len(devices))  # of which this host keeps pages
         num_slots = choose_num_slots(config, num_pages, self._page_bytes(source, kv_dtype) * num_shares)
         num_pages, num_slots = agree_on_sizes(self.hosts, num_pages, num_slots)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
 from pjax.models import ModelSource, open_model
@@ -19,6 +21,9 @@ TokenizerOf = Callable[[ModelSource], Tokenizer | None]
 
 def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, arena: Arena | None = None) -> tuple[ModelSource, str]:
     """The model and how its layers run."""
+    if arena is not None and (mesh is not None or platform != "cpu"):
+        arena.close()  # what is only on its way to a device has memory of its own
+        arena = None
     if isinstance(model, str | Path):
         layer_mode = ("loop" if platform == "cpu" else "unroll") if config.layer_mode == "auto" else config.layer_mode
         dtype = _resolve_dtype(config.dtype, platform)
@@ -30,6 +35,13 @@ def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, aren
         if asked not in ("auto", own):
             raise ConfigError(f"{name} is {asked!r}, but the model that was given has {own!r}")
     return source, own_mode
+
+
+def bytes_to_come(source: ModelSource, arena: Arena | None, platform: str) -> int:
+    """What the weights will still take of a device's free memory: on a CPU the arena has some of it already."""
+    if arena is None or platform != "cpu":
+        return source.num_bytes
+    return max(source.num_bytes - arena.expect(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(source.abstract)), 0)
 
 
 def open_tokenizer(source: ModelSource, *, tokenizer: str | Path | None, skip: bool, is_module: bool) -> Tokenizer | None:

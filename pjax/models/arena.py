@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+
+from pjax.host_memory import host_free_bytes
 
 ALIGNMENT = 64
 BLOCK = 64 << 20  # bytes of memory that parameters share
@@ -27,7 +29,7 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
 class Arena:
     """Parameters side by side in large blocks, which the system backs with large pages: a CPU streams weights faster from them.
 
-    A block lives as long as any array in it. A context manager: leaving it ends what is done ahead, and gives back what nobody took.
+    A block lives as long as any array in it. A context manager: leaving it closes it.
 
     Args:
       ahead: bytes, in whole blocks, that a thread gets and touches meanwhile. The first touch of memory costs more than what is
@@ -39,35 +41,55 @@ class Arena:
         self._touched: deque[np.ndarray] = deque()
         self._limit = ahead // BLOCK  # blocks that the thread is to touch; it alone writes the next
         self._num_touched = 0
+        self._closed = False
         if self._limit:
             threading.Thread(target=self._touch, name="pjax-memory", daemon=True).start()
 
     @classmethod
     def ahead_of(cls, model: str | Path) -> Arena:
         """For the weights of a local checkpoint, as large as its files let expect; a quarter of the free memory at most."""
-        import psutil
-
         path = Path(model).expanduser()
-        files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
-        wanted = sum(file.stat().st_size * EXPANSION.get(file.suffix, 1) for file in files)
-        return cls(min(wanted, psutil.virtual_memory().available // 4))
+        files = [path] if path.is_file() else list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
+        try:
+            wanted = sum(file.stat().st_size * EXPANSION.get(file.suffix, 1) for file in files)
+        except OSError:  # whoever opens it says what is wrong
+            return cls()
+        return cls(min(wanted, host_free_bytes() // 4))
 
     def _touch(self) -> None:
         while self._num_touched < self._limit:
             self._num_touched += 1
-            block = aligned_empty((BLOCK,), np.dtype(np.uint8))
+            try:
+                block = aligned_empty((BLOCK,), np.dtype(np.uint8))
+            except MemoryError:
+                return
             block.fill(0)  # without the interpreter's lock
             self._touched.append(block)
+        if self._closed:  # meanwhile
+            self._touched.clear()
 
-    def expect(self, num_bytes: int) -> None:
-        """So much will be asked for in all: no more is touched ahead."""
-        self._limit = min(self._limit, -(-num_bytes // BLOCK))
+    def expect(self, sizes: Iterable[int]) -> int:
+        """Arrays of so many bytes will be asked for: no more is touched ahead than they take of blocks, and what is too much is given back.
+
+        Returns how many bytes are there for them already.
+        """
+        if self._closed:
+            return 0
+        blocks = -(-sum(size for size in sizes if size <= BLOCK) // BLOCK)
+        self._limit = min(self._limit, blocks)
+        while len(self._touched) > blocks:
+            self._touched.pop()
+        return min(self._num_touched, blocks) * BLOCK
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._limit = 0
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is touched from here on, and what nobody took is given back."""
+        self._limit, self._closed = 0, True
         self._touched.clear()
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Copies of tensors: cast or dequantised into the memory where they stay, and checked for NaN and infinite values on the way.
 
 The native library does it in one pass and without the interpreter's lock, so that whatever else starts up goes on beside it; numpy does
-what the library does not have, and all where it was not built. The bits are the same.
+what the library does not have, and all where it was not built. The numbers are the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
 def _by_native(target: np.ndarray, array: Any) -> Callable[[int, int], int] | None:
     """`_copy_and_check` by the native library, where it has the types."""
     source, kind = (array.blocks, array.kind) if isinstance(array, Encoded) else (array, array.dtype.name)
-    plain = all(one.flags.c_contiguous and one.dtype.isnative for one in (source, target))
+    plain = array.shape == target.shape and all(one.flags.c_contiguous and one.dtype.isnative for one in (source, target))
     if kind not in NATIVE_KINDS or target.dtype.name not in NATIVE_TARGETS or not plain or (library := native.library()) is None:
         return None
 

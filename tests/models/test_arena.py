@@ -50,15 +50,48 @@ def test_blocks_that_were_touched_are_taken_first() -> None:
 
 
 def test_no_more_is_touched_than_is_asked_for() -> None:
-    arena = Arena(1 << 34)
-    arena.expect(5 << 16)
+    arena = Arena(1 << 32)
+    arena.expect([1 << 16] * 5)
+    limit = arena._num_touched + 5
     wait(arena)
-    with arena:
-        pass
+    assert arena._num_touched <= limit < 1 << 16
+    arena.close()
     assert not arena._touched
-    before = arena._num_touched
-    arena._touch()
-    assert arena._num_touched == before
+    assert arena.expect([1]) == 0
+
+
+def test_arrays_larger_than_a_block_have_memory_of_their_own() -> None:
+    arena = Arena(4 << 16)
+    wait(arena)
+    assert arena.expect([(1 << 16) + 4, 1 << 15, 1 << 16, 1 << 17]) == 2 << 16
+    assert len(arena._touched) == 2
+    assert arena.empty((1 << 15,), FLOAT).shape == (1 << 15,)
+    assert len(arena._touched) == 2
+
+
+def test_what_is_too_much_is_given_back_and_the_rest_is_told() -> None:
+    arena = Arena(7 << 16)
+    wait(arena)
+    assert arena.expect([1 << 16, 1 << 16, 1]) == 3 << 16
+    assert len(arena._touched) == 3
+    assert Arena().expect([1 << 16]) == 0
+
+
+def test_a_block_that_comes_after_the_end_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def slow(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        started.set()
+        assert ended.wait(10)
+        return np.empty(shape, dtype)
+
+    monkeypatch.setattr(module, "aligned_empty", slow)
+    arena = Arena(2 << 16)
+    assert started.wait(10)
+    arena.close()
+    ended.set()
+    wait(arena)
+    assert (arena._num_touched, len(arena._touched)) == (1, 0)
 
 
 def test_as_much_as_a_checkpoint_may_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +102,11 @@ def test_as_much_as_a_checkpoint_may_need(tmp_path: Path, monkeypatch: pytest.Mo
     for model in (tmp_path / "model.gguf", str(tmp_path), "owner/name", tmp_path / "nothing"):
         Arena.ahead_of(model)
     assert asked == [6000, 300, 0, 0]
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2000}))
+    monkeypatch.setattr(module, "host_free_bytes", lambda: 2000)
     Arena.ahead_of(tmp_path / "model.gguf")
-    assert asked[-1] == 500
+    (tmp_path / "model-2.safetensors").symlink_to("nowhere")
+    Arena.ahead_of(tmp_path)
+    assert asked[-2:] == [500, 0]
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -1,4 +1,4 @@
-"""GGUF files, dequantised by the `gguf` package, one tensor at a time."""
+"""GGUF files, one tensor at a time; quantised ones are dequantised where their rows are taken."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.machinery
 import logging
+import threading
 from pathlib import Path
 
 import jax
@@ -19,9 +20,20 @@ RESERVE = "pjax_reserve"
 SYMBOLS = {ATTENTION: "PjaxPagedAttention", KV_WRITE: "PjaxKvWrite", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def library() -> ctypes.CDLL | None:
-    """The library, with its kernels registered for XLA's calls by the names above; None where it was not built or XLA does not take it."""
+    """The library, with its kernels registered for XLA's calls by the names above; None where it was not built or XLA does not take it.
+
+    Any thread may be the first to ask: the kernels are registered once.
+    """
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_library{suffix}")
         if not path.exists():
@@ -34,8 +46,8 @@ def library() -> ctypes.CDLL | None:
             loaded.PjaxCopyWeights.restype = ctypes.c_int64
             for target, symbol in SYMBOLS.items():
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
-        except Exception as error:  # built for another jaxlib: the XLA forms serve as well
-            log.warning("the native CPU kernels in %s do not load, XLA is used instead: %s", path, error)
+        except Exception as error:  # built for another jaxlib, or from other sources: the XLA forms serve as well
+            log.warning("the native CPU kernels in %s do not load, XLA is used instead; installing pjax again builds them: %s", path, error)
             return None
         return loaded
     return None
