@@ -366,7 +366,7 @@ class SharingMachine(RuleBasedStateMachine):
 
 TestSharing = SharingMachine.TestCase
 TestSharing.settings = settings(
-    max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=500, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
