@@ -101,7 +101,7 @@ class LLMEngine:
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         devices = () if mesh is None else mesh.local_devices
-        sizes = self._choose_sizes(source, bytes_to_come(source, arena, platform), kv_dtype, devices)  # before weights take memory
+        sizes = self._choose_sizes(source, bytes_to_come(source, arena), kv_dtype, devices)  # before weights take memory
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows

@@ -37,9 +37,9 @@ def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, aren
     return source, own_mode
 
 
-def bytes_to_come(source: ModelSource, arena: Arena | None, platform: str) -> int:
-    """What the weights will still take of a device's free memory: on a CPU the arena has some of it already."""
-    if arena is None or platform != "cpu":
+def bytes_to_come(source: ModelSource, arena: Arena | None) -> int:
+    """What the weights will still take of a device's free memory; of what the arena has for them, no more than they need is kept."""
+    if arena is None:
         return source.num_bytes
     return max(source.num_bytes - arena.expect(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(source.abstract)), 0)
 

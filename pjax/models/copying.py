@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
+from pjax.models.checkpoints.quantised import Quantised
 from pjax.pallas_kernels import native
 
 T = TypeVar("T")
@@ -24,18 +25,6 @@ NATIVE_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "Q8_0": 3, "Q4_0": 4,
 """What the native library reads: numpy's types, and GGUF's."""
 NATIVE_TARGETS = {"float32": 1, "bfloat16": 0}
 _EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinite
-
-
-class Encoded:
-    """A tensor that is no array yet: slices of its rows are arrays, made when they are taken.
-
-    Attributes:
-      kind: GGUF's name of its type.
-      blocks: uint8 [rows, bytes].
-    """
-
-    kind: str
-    blocks: np.ndarray
 
 
 def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
@@ -48,7 +37,7 @@ def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
 
 def _by_native(target: np.ndarray, array: Any) -> Callable[[int, int], int] | None:
     """`_copy_and_check` by the native library, where it has the types."""
-    source, kind = (array.blocks, array.kind) if isinstance(array, Encoded) else (array, array.dtype.name)
+    source, kind = (array.blocks, array.kind) if isinstance(array, Quantised) else (array, array.dtype.name)
     plain = array.shape == target.shape and all(one.flags.c_contiguous and one.dtype.isnative for one in (source, target))
     if kind not in NATIVE_KINDS or target.dtype.name not in NATIVE_TARGETS or not plain or (library := native.library()) is None:
         return None

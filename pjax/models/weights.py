@@ -170,7 +170,6 @@ def load_into(
     flat = list(nnx.to_flat_state(abstract))
     places = flat_shardings(abstract, shardings)
     loaded, bad, arena = [], list[str](), arena or Arena()
-    arena.expect(leaf.size * leaf.dtype.itemsize for _, leaf in flat)
     with loading_bar(abstract, progress) as bar:
         for path, leaf in flat:
             target = arena.empty(leaf.shape, numpy_dtype(leaf.dtype))

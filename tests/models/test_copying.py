@@ -16,11 +16,6 @@ from pjax.pallas_kernels import native
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match="broadcast"):
-        copying.copy_and_check(np.empty((4, 8), np.float32), np.ones((4, 9), np.float32))
-
-
 @pytest.fixture(autouse=True)
 def library_is_there() -> None:
     assert native.library() is not None, "make test builds it"
@@ -34,6 +29,11 @@ def random_bits(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers of every kind: NaN, infinite and denormal ones too."""
     kind = f"u{dtype.itemsize}"
     return np.random.default_rng(0).integers(0, 1 << 8 * dtype.itemsize, shape, dtype=kind).view(dtype)
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        copying.copy_and_check(np.empty((4, 8), np.float32), np.ones((4, 9), np.float32))
 
 
 @pytest.mark.parametrize("target_type", ["float32", "bfloat16"])

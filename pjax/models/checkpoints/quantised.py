@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from pjax.models.checkpoints.gguf_types import BLOCKS, GGUFType
-from pjax.models.copying import Encoded
 
 CHUNK_ELEMENTS = 1 << 16  # dequantised at once: temporaries that stay in the second cache, three times as fast as with 1 << 18
 
 
-class Quantised(Encoded):
+class Quantised:
     """A tensor whose slices of rows are float32 arrays, made when they are taken; all else is of the whole tensor as an array.
 
     Chosen rows, by an array of their numbers, are such a tensor again. Whoever copies it a few rows at a time, in several threads,
@@ -22,6 +21,10 @@ class Quantised(Encoded):
     Args:
       data: uint8, the blocks of all rows one after the other.
       shape: of the tensor, at least two axes; the last is a multiple of the block.
+
+    Attributes:
+      kind: GGUF's name of its type.
+      blocks: uint8 [rows, bytes].
     """
 
     def __init__(self, data: np.ndarray, shape: tuple[int, ...], kind: GGUFType) -> None:
