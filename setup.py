@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels where a C++ compiler and jaxlib's headers are; pjax works without it, slower on CPUs."""
+"""Builds the native CPU kernels where a C++ compiler and jaxlib's headers are; pjax works without, slower on CPUs."""
 
 import importlib.util
 import platform

@@ -73,7 +73,7 @@ class EngineConfig:
     start_timeout: float = 300.0
     """Seconds for all hosts to come."""
     attention_backend: str | None = None
-    """"native", "tpu", "xla" or "reference"; by default the fastest for the platform."""
+    """"native", "tpu", "triton", "mosaic_gpu", "xla" or "reference"; by default the fastest for the platform."""
     logits_processors: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """JAX functions (logits float32 [S, V], token ids int32 [S, L], lengths int32 [S]) -> logits, by the names that requests give."""
 

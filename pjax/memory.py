@@ -9,7 +9,7 @@ import jax
 
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
-from pjax.host_memory import host_free_bytes
+from pjax.machine import host_free_bytes
 from pjax.pallas_kernels.pages import page_bytes
 
 DEFAULT_SWAP_SPACE = 4 << 30

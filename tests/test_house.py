@@ -31,14 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "pallas_kernels": set(),
     "gguf_header": {"errors"},
-    "host_memory": set(),
-    "models": {"pallas_kernels", "errors", "gguf_header", "host_memory"},
+    "machine": set(),
+    "models": {"pallas_kernels", "errors", "gguf_header", "machine"},
     "scheduler": {"errors", "params", "outputs"},
     "hosts": {"errors", "config"},
-    "runner": {"hosts", "models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
+    "runner": {"machine", "hosts", "models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
     "text": {"errors", "params", "gguf_header"},
     "convert": {"models", "text", "errors"},
-    "memory": {"pallas_kernels", "errors", "config", "host_memory"},
+    "memory": {"pallas_kernels", "errors", "config", "machine"},
     "metrics": {"errors", "config", "outputs"},
 }
 MAY_IMPORT["engine"] = {*MAY_IMPORT}

@@ -10,6 +10,7 @@ import pytest
 
 from pjax import ConfigError, memory
 from pjax.config import EngineConfig
+from pjax.machine import host_free_bytes
 
 MODEL = SimpleNamespace(num_layers=2, num_kv_heads=3, head_size=64)
 PAGE = 2 * 2 * 16 * 3 * 64 * 4  # bytes: keys and values, layers, tokens, heads, head size, float32
@@ -42,16 +43,49 @@ def test_a_cpu_must_have_what_is_asked_for_unless_lazy(asked: dict[str, int], mo
             chosen(**too_little)
 
 
+def write_group(folder: Path, limit: object, used: int, cached: int, *, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current", "inactive_file") if version == 2 else ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+    (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
+
+
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert memory.host_free_bytes(tmp_path) == 1000  # no such files
-    for name, text in (("max", "700"), ("current", "300"), ("stat", "anon 1\ninactive_file 50\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.host_free_bytes(tmp_path) == 450
-    (tmp_path / "memory.max").write_text("5000")
-    assert memory.host_free_bytes(tmp_path) == 1000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.host_free_bytes(tmp_path) == 1000
+    member = tmp_path / "member"
+    assert host_free_bytes(tmp_path, member) == 1000  # no such files
+    member.write_text("0::/\n")
+    assert host_free_bytes(tmp_path, member) == 1000
+    for limit, free in ((700, 450), (5000, 1000), ("max", 1000), (200, 0)):
+        write_group(tmp_path, limit, 300, 50)
+        assert host_free_bytes(tmp_path, member) == free
+
+
+@pytest.mark.parametrize("path", ["/job_7/step_0", "/job_7/step_0/task", "/../job_7/step_0"])
+def test_a_job_has_what_the_limits_of_its_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Slurm, systemd-run, a container with its host's groups: the limit is not the root's. The narrowest counts, wherever it is."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    (member := tmp_path / "member").write_text(f"0::{path}\n")
+    root = tmp_path / "cgroup"
+    write_group(root / "job_7", 900, 200, 10)
+    write_group(root / "job_7" / "step_0", "max", 200, 10)
+    write_group(root / "job_8", 1, 0, 0)
+    assert host_free_bytes(root, member) == (1000 if ".." in path else 710)
+    write_group(root / "job_7" / "step_0", 700, 200, 0)
+    assert host_free_bytes(root, member) == (1000 if ".." in path else 500)
+
+
+def test_groups_of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    (member := tmp_path / "member").write_text("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/docker/1\n")
+    write_group(tmp_path / "cgroup" / "cpu", 10, 0, 0, version=1)
+    assert host_free_bytes(tmp_path / "cgroup", member) == 1000
+    write_group(tmp_path / "cgroup" / "memory", 700, 300, 20, version=1)  # as a container sees its own group
+    assert host_free_bytes(tmp_path / "cgroup", member) == 420
+    write_group(tmp_path / "cgroup" / "memory", 1 << 63, 300, 20, version=1)
+    write_group(tmp_path / "cgroup" / "memory" / "docker" / "1", 650, 300, 20, version=1)
+    assert host_free_bytes(tmp_path / "cgroup", member) == 370
 
 
 def test_a_share_of_what_is_free_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

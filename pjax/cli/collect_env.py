@@ -14,6 +14,7 @@ from typing import Any
 
 from pjax import __version__
 from pjax.cli.flags import Parser
+from pjax.machine import num_cpus
 
 PACKAGES = (
     "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin libtpu flax numpy ml_dtypes orbax-checkpoint safetensors gguf tokenizers transformers "
@@ -70,8 +71,7 @@ def _versions() -> dict[str, str]:
 
 
 def _processor() -> dict[str, Any]:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "usable cores": count}
+    found: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "usable cores": num_cpus()}
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -107,7 +107,7 @@ def _devices() -> dict[str, str]:
 def _native_kernel() -> str:
     from pjax.pallas_kernels import native
 
-    return "built" if native.library() is not None else "not built (no C++ compiler at installation?)"
+    return "built" if native.library() is not None else "none, so CPUs are slower: it " + native.MISSING
 
 
 def _environment() -> dict[str, str]:

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from pjax.host_memory import host_free_bytes
+from pjax.machine import host_free_bytes
 
 ALIGNMENT = 64
 BLOCK = 64 << 20  # bytes of memory that parameters share
-EXPANSION = {".gguf": 6}  # parameters take at most about so many times a file's size
+EXPANSION = {".gguf": 6}  # float32 parameters of Q4_1 and Q5 take about so many times a file's size; others want less, or get less ahead
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
@@ -95,11 +95,13 @@ class Arena:
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
         """As `aligned_empty`. For one thread."""
         size = math.prod(shape) * dtype.itemsize
+        if size > BLOCK:  # memory of its own: what is left of the block is for those that come after it
+            return aligned_empty(shape, dtype)
         if size > len(self._free):
-            if size <= BLOCK and self._touched:
+            if self._touched:
                 self._free = self._touched.popleft()
             else:
                 self._limit -= 1
-                self._free = aligned_empty((max(size, BLOCK),), np.dtype(np.uint8))
+                self._free = aligned_empty((BLOCK,), np.dtype(np.uint8))
         taken, self._free = self._free[:size], self._free[-(-size // ALIGNMENT) * ALIGNMENT :]
         return taken.view(dtype).reshape(shape)

@@ -6,7 +6,6 @@ what the library does not have, and all where it was not built. The numbers are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -15,11 +14,12 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
+from pjax.machine import num_cpus
 from pjax.models.checkpoints.quantised import Quantised
 from pjax.pallas_kernels import native
 
 T = TypeVar("T")
-NUM_THREADS = min(os.cpu_count() or 1, 8)  # that copy weights
+NUM_THREADS = min(num_cpus(), 8)  # that copy weights
 CHUNK = 1 << 16  # elements copied and checked at once by numpy
 NATIVE_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5}
 """What the native library reads: numpy's types, and GGUF's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
+from pjax.machine import num_cpus
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touching, use_large_pages
@@ -304,7 +304,7 @@ class ModelRunner:
         """Starts compiling the step that a plan of this size would take; on few cores after those that are needed before it."""
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
         with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
-            self.prefetch(bucket, in_turn=(os.cpu_count() or 1) <= FEW_CORES)
+            self.prefetch(bucket, in_turn=num_cpus() <= FEW_CORES)
 
     def _compiled_step(self, bucket: Bucket) -> Any:
         if bucket not in self._compiled:

@@ -65,8 +65,19 @@ def test_arrays_larger_than_a_block_have_memory_of_their_own() -> None:
     wait()
     assert arena.expect([(1 << 16) + 4, 1 << 15, 1 << 16, 1 << 17]) == 2 << 16
     assert len(arena._touched) == 2
-    assert arena.empty((1 << 15,), FLOAT).shape == (1 << 15,)
+    large = arena.empty((1 << 15,), FLOAT)
+    assert large.shape == (1 << 15,) and large.ctypes.data % ALIGNMENT == 0
     assert len(arena._touched) == 2
+
+
+def test_what_is_left_of_a_block_is_for_the_next_though_a_larger_array_comes_between() -> None:
+    """A layer's norms beside matrices larger than a block: one block, not one for each, and none less is touched ahead."""
+    arena = Arena()
+    arena.empty((8,), FLOAT)
+    rest = arena._free
+    arena.empty((1 << 15,), FLOAT)
+    assert arena._free is rest and arena._limit == -1
+    assert arena.empty((8,), FLOAT).ctypes.data == rest.ctypes.data
 
 
 def test_what_is_too_much_is_given_back_and_the_rest_is_told() -> None:

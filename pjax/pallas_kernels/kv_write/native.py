@@ -14,7 +14,7 @@ def why_not(dtype: Any) -> str | None:
     """The reason why the kernel can't write such pages, or None."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"takes pages of float32 or bfloat16, but they are {jnp.dtype(dtype)}"
-    return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
+    return None if native.library() is not None else native.MISSING
 
 
 def write_kv(pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ ATTENTION = "pjax_paged_attention"
 KV_WRITE = "pjax_kv_write"
 PRODUCT = "pjax_product"
 RESERVE = "pjax_reserve"
+MISSING = "was not built, or does not load: install a C++ compiler, then pjax again"
 SYMBOLS = {ATTENTION: "PjaxPagedAttention", KV_WRITE: "PjaxKvWrite", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
 
 

@@ -41,10 +41,11 @@ PJAX_INLINE float Load1(const uint16_t* p) {
   return f;
 }
 
-// A value that the compiler holds in a register, and would otherwise load anew for each use.
+// A value that GCC holds in a register, and would otherwise load anew for each use.
 template <typename V>
 PJAX_INLINE V Held(V v) {
-#if defined(__x86_64__)
+#if defined(__clang__)  // refuses registers wider than those of the whole file's level
+#elif defined(__x86_64__)
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
@@ -56,7 +57,12 @@ PJAX_INLINE V Held(V v) {
 template <int W, int kStep, int kOffset, typename F, int64_t... I>
 PJAX_INLINE F Interleave(F a, F b, std::integer_sequence<int64_t, I...>) {
   // Of each 2·kStep lanes, kStep of a and kStep of b, from kOffset on.
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, static_cast<int>((I & kStep ? W : 0) + (I & ~(2 * kStep - 1)) + (I & (kStep - 1)) + kOffset)...);
+#else
+  const typename Lanes<W>::I places = {static_cast<int>((I & kStep ? W : 0) + (I & ~(2 * kStep - 1)) + (I & (kStep - 1)) + kOffset)...};
+  return __builtin_shuffle(a, b, places);
+#endif
 }
 
 typedef float Four __attribute__((vector_size(16)));

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pjax.pallas_kernels import native
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
@@ -105,7 +106,8 @@ def _fastest(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Any:
 
 @functools.cache
 def _say_once(platform: str, reasons: str) -> None:
-    level = logging.INFO if platform == "cpu" else logging.WARNING
+    is_expected = platform == "cpu" and native.library() is not None
+    level = logging.INFO if is_expected else logging.WARNING
     log.log(level, "paged attention on %s goes through XLA, not through a kernel: %s", platform, reasons)
 
 

@@ -18,7 +18,7 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | 
     if pages.dtype not in (jnp.float32, jnp.bfloat16) or q.shape[-1] not in HEAD_SIZES:
         shown = ", ".join(map(str, HEAD_SIZES))
         return f"takes pages of float32 or bfloat16 and head sizes {shown}, but q has heads of {q.shape[-1]} and pages are {pages.dtype}"
-    return None if native.library() is not None else "was not built: install pjax where a C++ compiler is"
+    return None if native.library() is not None else native.MISSING
 
 
 def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
