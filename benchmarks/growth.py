@@ -4,12 +4,13 @@
 
 A decode's time is the difference of two calls that find their prompts in the prefix cache: one makes a token, one many. The bound
 is what the memory's speed (weights and KV cache are read once a step) and the cores' (two operations a weight and row) allow, both
-measured here with numpy on as many threads.
+measured here with numpy on as many threads. Points that the model's length or the free memory does not allow are left out, and said.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -40,7 +41,8 @@ class Machine:
     def measure(cls) -> Machine:
         """The best of five of each."""
         threads = len(os.sched_getaffinity(0))
-        arrays = [np.ones(1 << 26, np.float32) for _ in range(threads)]
+        each = min(1 << 26, max(1 << 24, (1 << 28) // threads))  # 1 GB in all; more than caches hold
+        arrays = [np.ones(each, np.float32) for _ in range(threads)]
         square = np.ones((2048, 2048), np.float32)
 
         def read() -> None:
@@ -87,6 +89,14 @@ def bound(llm: Any, machine: Machine, num_rows: int, context: int, dtype: str) -
     return num_rows / max(num_bytes / machine.bytes_per_second, flops / machine.flops_per_second)
 
 
+def why_not(llm: Any, num_rows: int, context: int) -> str | None:
+    """The reason why so many sequences of such length can't be measured, or None."""
+    if context + STEPS + 1 > llm.engine.max_model_len:
+        return f"the longest sequence has {llm.engine.max_model_len} tokens"
+    needed, num_pages = num_rows * -(-(context + STEPS + 1) // llm.engine.config.page_size), llm.engine.stats().num_pages
+    return f"they take {needed} pages, and the free memory has {num_pages}" if needed > num_pages else None
+
+
 def plot(rows: list[dict[str, float]], contexts: list[dict[str, float]], title: str, path: Path) -> None:
     """Two pictures side by side, logarithmic."""
     import matplotlib
@@ -120,6 +130,8 @@ def main() -> None:
     parser.add_argument("--num-seqs", type=int, default=4, help="sequences whose context grows (default: 4)")
     parser.add_argument("--out", type=Path, required=True, help="the picture; the figures are written beside it as .json")
     args = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the picture needs matplotlib: pip install 'matplotlib>=3.9'")
     from pjax import LLM
 
     model = args.model or demo_model(parser)
@@ -127,18 +139,21 @@ def main() -> None:
     places = {"rows": [(rows, 128) for rows in ROWS], "contexts": [(args.num_seqs, context) for context in CONTEXTS]}
     found: dict[str, Any] = {"dtype": args.dtype, "gigabytes_per_second": machine.bytes_per_second / 1e9}
     found |= {"gigaflops_per_second": machine.flops_per_second / 1e9, "rows": [], "contexts": []}
+    limit = max(CONTEXTS)
     for kind, points in places.items():
-        longest = max(context for _, context in points) + STEPS + 1
-        most = max(rows for rows, _ in points)
-        longest = min(-(-longest // 16) * 16, 8192)
-        llm = LLM(model, dtype=args.dtype, max_model_len=longest, max_num_seqs=most, progress=False)
+        longest = min(-(-(max(context for _, context in points) + STEPS + 1) // 16) * 16, limit)
+        llm = LLM(model, dtype=args.dtype, max_model_len=longest, max_num_seqs=max(rows for rows, _ in points), progress=False)
+        limit = min(limit, llm.engine.model_config.max_position)
         for num_rows, context in tqdm(points, desc=kind):
-            context = min(context, longest - STEPS - 1)
+            context = min(context, longest - STEPS - 1) if context == longest else context
+            if reason := why_not(llm, num_rows, context):
+                tqdm.write(f"{num_rows:4d} sequences of {context:5d}: left out, {reason}")
+                continue
             speed, most_speed = measure(llm, num_rows, context, args.rounds), bound(llm, machine, num_rows, context, args.dtype)
             found[kind].append({"rows": num_rows, "context": context, "tokens_per_second": speed, "bound": most_speed})
             tqdm.write(f"{num_rows:4d} sequences of {context:5d}: {speed:8.1f} tokens/s, {speed / most_speed:5.2f} of the bound")
+            args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
         del llm
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     title = f"{args.dtype}; bound: {found['gigabytes_per_second']:.0f} GB/s, {found['gigaflops_per_second']:.0f} GFLOP/s"
     plot(found["rows"], found["contexts"], title, args.out)
 

