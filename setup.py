@@ -2,6 +2,7 @@
 
 import importlib.util
 import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -10,17 +11,24 @@ FOLDER = "pjax/pallas_kernels/native"
 FLAGS = "-std=c++17 -O2 -g0 -ftree-vectorize -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -w -Wno-psabi".split()
 
 
+def headers() -> Path | None:
+    """jaxlib's, of the environment that pjax is installed into before those of an isolated build, which may be too new for it."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    own = [] if jaxlib is None or jaxlib.origin is None else [Path(jaxlib.origin).parent]
+    folders = [folder / "include" for folder in (Path(sysconfig.get_path("platlib")) / "jaxlib", *own)]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def extensions() -> list[Extension]:
     """The kernels' library, loaded by ctypes: it has no Python module in it."""
-    jaxlib = importlib.util.find_spec("jaxlib")
-    if jaxlib is None or jaxlib.origin is None:
+    include = headers()
+    if include is None:
         return []
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-    include = str(Path(jaxlib.origin).parent / "include")
     library = Extension(
         FOLDER.replace("/", ".") + "._library",
         [f"{FOLDER}/{name}.cc" for name in ("kv_write", "paged_attention", "products", "reserve", "weights")],
-        include_dirs=[include],
+        include_dirs=[str(include)],
         depends=[f"{FOLDER}/lanes.h", f"{FOLDER}/threads.h"],
         extra_compile_args=FLAGS + wide,
         optional=True,

@@ -41,7 +41,7 @@ class Machine:
     def measure(cls) -> Machine:
         """The best of five of each."""
         threads = len(os.sched_getaffinity(0))
-        each = min(1 << 26, max(1 << 24, (1 << 28) // threads))  # 1 GB in all; more than caches hold
+        each = min(1 << 26, max(1 << 24, (1 << 28) // threads))  # floats, more than caches hold; 1 GB in all up to 16 threads
         arrays = [np.ones(each, np.float32) for _ in range(threads)]
         square = np.ones((2048, 2048), np.float32)
 

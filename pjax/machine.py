@@ -13,7 +13,7 @@ V2_LIMIT, V2_USED, V2_CACHED = "memory.max", "memory.current", "inactive_file"
 
 
 def num_cpus() -> int:
-    """CPUs that this process may run on."""
+    """CPUs that this process may run on, by its affinity; a quota of time is not looked at."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

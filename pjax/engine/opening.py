@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from pjax.errors import ConfigError
 from pjax.models import ModelSource, open_model
 from pjax.models.arena import Arena
 from pjax.models.given import source_of
+from pjax.pallas_kernels import native
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 TokenizerOf = Callable[[ModelSource], Tokenizer | None]
 
 
 def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, arena: Arena | None = None) -> tuple[ModelSource, str]:
-    """The model and how its layers run."""
+    """The model and how its layers run. Says where a CPU goes without native kernels."""
+    if platform == "cpu" and native.library() is None:
+        log.warning("steps run without native CPU kernels, and more slowly: the library %s", native.MISSING)
     if arena is not None and (mesh is not None or platform != "cpu"):
         arena.close()  # what is only on its way to a device has memory of its own
         arena = None

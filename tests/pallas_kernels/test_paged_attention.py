@@ -277,17 +277,6 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
     assert record.levelno == logging.INFO
 
 
-def test_an_installation_without_native_kernels_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps take longer then: a user who has a compiler wants to know."""
-    api._say_once.cache_clear()
-    monkeypatch.setattr(api.native, "library", lambda: None)
-    step = make_step(Feature("decode", (4, 2, 64), 8))
-    paged_attention(step.q, step.pool, step.batch, num_kv_heads=2)
-    (record,) = [r for r in caplog.records if "goes through XLA" in r.message]
-    assert record.levelno == logging.WARNING and "install a C++ compiler, then pjax again" in record.message
-    api._say_once.cache_clear()
-
-
 @pytest.mark.parametrize("backend", ["xla", "tpu", "native"])
 def test_bad_writes_are_named(one: Step, backend: str) -> None:
     keys = jnp.ones((1, 2, 16))

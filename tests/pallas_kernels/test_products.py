@@ -24,6 +24,14 @@ def test_the_library_was_built() -> None:
     assert native.library() is not None, "make test builds it"
 
 
+def test_a_library_for_a_later_jaxlib_is_left_aside(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA would refuse it, but where no backend is there yet only as that starts."""
+    version = native.ffi_version()
+    monkeypatch.setattr(native, "ffi_version", lambda: version - 1)
+    assert native._load.__wrapped__() is None
+    assert f"built for version {version} of XLA's calls, but that of jax {jax.__version__} is {version - 1}" in caplog.text
+
+
 @pytest.mark.parametrize(("rows", "num_in", "num_out"), SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int) -> None:

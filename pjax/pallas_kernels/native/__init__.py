@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.machinery
 import logging
+import re
 import threading
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ATTENTION = "pjax_paged_attention"
 KV_WRITE = "pjax_kv_write"
 PRODUCT = "pjax_product"
 RESERVE = "pjax_reserve"
-MISSING = "was not built, or does not load: install a C++ compiler, then pjax again"
+MISSING = "was not built, or does not load: with a C++ compiler, pip install --no-build-isolation builds it for the jaxlib that is there"
 SYMBOLS = {ATTENTION: "PjaxPagedAttention", KV_WRITE: "PjaxKvWrite", PRODUCT: "PjaxProduct", RESERVE: "PjaxReserve"}
 
 
@@ -33,6 +34,13 @@ def library() -> ctypes.CDLL | None:
         return _load()
 
 
+def ffi_version() -> int:
+    """1000 · major + minor version of XLA's calls in the jaxlib that is here, by its headers; it takes libraries of no later one."""
+    text = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text, re.MULTILINE))
+    return 1000 * int(found["MAJOR"]) + int(found["MINOR"])
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -41,6 +49,9 @@ def _load() -> ctypes.CDLL | None:
             continue
         try:
             loaded = ctypes.cdll.LoadLibrary(str(path))
+            built, here = loaded.PjaxFfiVersion(), ffi_version()
+            if built > here:  # XLA may look at it only when its backend starts, and that would fail
+                raise RuntimeError(f"built for version {built} of XLA's calls, but that of jax {jax.__version__} is {here}")
             for advise in (loaded.PjaxUseLargePages, loaded.PjaxTouch):
                 advise.argtypes, advise.restype = [ctypes.c_void_p, ctypes.c_uint64], None
             loaded.PjaxCopyWeights.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64]
@@ -48,7 +59,7 @@ def _load() -> ctypes.CDLL | None:
             for target, symbol in SYMBOLS.items():
                 jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
         except Exception as error:  # built for another jaxlib, or from other sources: the XLA forms serve as well
-            log.warning("the native CPU kernels in %s do not load, XLA is used instead; installing pjax again builds them: %s", path, error)
+            log.warning("the native CPU kernels in %s do not load, XLA is used instead: %s", path, error)
             return None
         return loaded
     return None

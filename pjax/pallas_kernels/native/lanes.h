@@ -136,9 +136,14 @@ PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t dept
 // A function for each level of x86 in one library, each with all that it calls inlined: PJAX_FOR_EACH_LEVEL(DEFINE) is
 // DEFINE(name, attributes, W, N), N being the rows that share a load of four others, as many as the registers hold sums for.
 #if defined(__x86_64__)
-#define PJAX_FOR_EACH_LEVEL(DEFINE)                                                                         \
-  DEFINE(Avx512, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"), flatten)), 16, 6)          \
-  DEFINE(Avx2, __attribute__((target("arch=x86-64-v3"), flatten)), 8, 3)                                     \
+#if defined(__clang__)  // ignores all of an attribute whose parts it does not know
+#define PJAX_AVX512 "arch=x86-64-v4"
+#else
+#define PJAX_AVX512 "arch=x86-64-v4,prefer-vector-width=512"
+#endif
+#define PJAX_FOR_EACH_LEVEL(DEFINE)                                               \
+  DEFINE(Avx512, __attribute__((target(PJAX_AVX512), flatten)), 16, 6)             \
+  DEFINE(Avx2, __attribute__((target("arch=x86-64-v3"), flatten)), 8, 3)           \
   DEFINE(Plain, __attribute__((flatten)), 4, 3)
 enum class Level { Plain, Avx2, Avx512 };
 inline Level BestLevel() {

@@ -18,6 +18,9 @@ ffi::Error Reserve(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); 
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PjaxReserve, Reserve, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
+// Of the headers that the library was built with.
+extern "C" std::int32_t PjaxFfiVersion() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }
+
 // Asks for large pages from here on, and in place of what was touched already: fewer faults, and a pool is read in pieces that are
 // far apart. A system that does not know one or the other refuses it, and nothing is lost.
 extern "C" void PjaxUseLargePages(void* pool, std::uint64_t num_bytes) {

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjax.pallas_kernels import native
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
@@ -106,8 +105,7 @@ def _fastest(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Any:
 
 @functools.cache
 def _say_once(platform: str, reasons: str) -> None:
-    is_expected = platform == "cpu" and native.library() is not None
-    level = logging.INFO if is_expected else logging.WARNING
+    level = logging.INFO if platform == "cpu" else logging.WARNING
     log.log(level, "paged attention on %s goes through XLA, not through a kernel: %s", platform, reasons)
 
 
