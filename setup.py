@@ -27,7 +27,7 @@ def extensions() -> list[Extension]:
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     library = Extension(
         FOLDER.replace("/", ".") + "._library",
-        [f"{FOLDER}/{name}.cc" for name in ("kv_write", "paged_attention", "products", "reserve", "weights")],
+        [f"{FOLDER}/{name}.cc" for name in ("cpu_level", "kv_write", "paged_attention", "products", "reserve", "weights")],
         include_dirs=[str(include)],
         depends=[f"{FOLDER}/lanes.h", f"{FOLDER}/threads.h"],
         extra_compile_args=FLAGS + wide,

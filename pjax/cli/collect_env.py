@@ -107,7 +107,11 @@ def _devices() -> dict[str, str]:
 def _native_kernel() -> str:
     from pjax.pallas_kernels import native
 
-    return "built" if native.library() is not None else "none, so CPUs are slower: it " + native.MISSING
+    try:
+        level = native.cpu_level()
+    except ValueError as error:  # PJAX_CPU_LEVEL
+        return str(error)
+    return f"built, {level} in use" if level is not None else "none, so CPUs are slower: it " + native.MISSING
 
 
 def _environment() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,8 @@ def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array =
     Args:
       kernels: of equal shape and dtype; the chosen one is read where it lies, the others not at all.
       index: int32 [], which of them.
-      num_rows: int32 [], how many rows of x count: the native kernel computes no others, they become zeros. By default all.
+      num_rows: int32 [], how many rows of x count, by default all. The others are padding: what comes out for them is undefined
+        (the native kernel skips them). They change nothing in the rows that count, whatever they hold.
     """
     if not is_native(x, kernels[0]):
         return _by_xla(x, tuple(kernels), index)
@@ -39,7 +39,6 @@ def is_native(x: jax.Array, kernel: jax.Array) -> bool:
     return not (kernel.dtype == jnp.bfloat16 and x.shape[0] > FEW_ROWS_BF16 and _has_bfloat16_units())
 
 
-@functools.cache
 def _has_bfloat16_units() -> bool:
     """Whether the CPU multiplies bfloat16 by itself: then XLA's products of many rows are faster."""
     library = native.library()

@@ -8,6 +8,7 @@ import pytest
 
 from pjax.config import EngineConfig
 from pjax.engine.opening import open_source
+from pjax.errors import ConfigError
 from pjax.pallas_kernels import native
 from tests.tiny import write_model
 
@@ -17,7 +18,16 @@ def test_an_engine_on_a_cpu_says_that_it_has_no_native_kernels(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, platform: str, is_built: bool, warns: bool
 ) -> None:
     """Whoever has a compiler wants to know; a message that only tracing gives is not seen where steps come from disk."""
-    monkeypatch.setattr(native, "library", lambda: object() if is_built else None)
+    monkeypatch.setattr(native, "cpu_level", lambda: "baseline" if is_built else None)
     open_source(write_model(tmp_path / "tiny"), EngineConfig(), platform, None)[0].close()
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert messages == [f"steps run without native CPU kernels, and more slowly: the library {native.MISSING}"] * warns
+
+
+def test_a_level_that_the_machine_lacks_is_a_wrong_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ValueError("PJAX_CPU_LEVEL is 'amx', but this machine has 'avx2' at most")
+
+    monkeypatch.setattr(native, "cpu_level", refuse)
+    with pytest.raises(ConfigError, match="PJAX_CPU_LEVEL is 'amx'"):
+        open_source(tmp_path, EngineConfig(), "cpu", None)

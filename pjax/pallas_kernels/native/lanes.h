@@ -133,7 +133,7 @@ PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t dept
   }
 }
 
-// A function for each level of x86 in one library, each with all that it calls inlined: PJAX_FOR_EACH_LEVEL(DEFINE) is
+// A function for each width of vectors in one library, each with all that it calls inlined: PJAX_FOR_EACH_WIDTH(DEFINE) is
 // DEFINE(name, attributes, W, N), N being the rows that share a load of four others, as many as the registers hold sums for.
 #if defined(__x86_64__)
 #if defined(__clang__)  // ignores all of an attribute whose parts it does not know
@@ -141,21 +141,17 @@ PJAX_INLINE void Widen(const T* w, int64_t w_stride, int64_t count, int64_t dept
 #else
 #define PJAX_AVX512 "arch=x86-64-v4,prefer-vector-width=512"
 #endif
-#define PJAX_FOR_EACH_LEVEL(DEFINE)                                               \
+#define PJAX_FOR_EACH_WIDTH(DEFINE)                                               \
   DEFINE(Avx512, __attribute__((target(PJAX_AVX512), flatten)), 16, 6)             \
   DEFINE(Avx2, __attribute__((target("arch=x86-64-v3"), flatten)), 8, 3)           \
   DEFINE(Plain, __attribute__((flatten)), 4, 3)
-enum class Level { Plain, Avx2, Avx512 };
-inline Level BestLevel() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return Level::Avx512;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? Level::Avx2 : Level::Plain;
-}
+enum class Width { Plain, Avx2, Avx512 };
 #else
-#define PJAX_FOR_EACH_LEVEL(DEFINE) DEFINE(Plain, __attribute__((flatten)), 4, 6)
-enum class Level { Plain };
-inline Level BestLevel() { return Level::Plain; }
+#define PJAX_FOR_EACH_WIDTH(DEFINE) DEFINE(Plain, __attribute__((flatten)), 4, 6)
+enum class Width { Plain };
 #endif
+
+// The widest vectors of the level in use (cpu_level.cc).
+Width WidestVectors();
 
 }  // namespace pjax

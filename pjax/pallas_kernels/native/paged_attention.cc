@@ -506,13 +506,14 @@ using Work = void (*)(const Problem&, const Item&, std::vector<float>&);
   attributes void name##Work(const Problem& p, const Item& item, std::vector<float>& scratch) { \
     item.count == 1 ? RunDecode<W, N, T>(p, item, scratch) : RunPrefill<W, T>(p, item, scratch); \
   }
-PJAX_FOR_EACH_LEVEL(PJAX_WORK)
+PJAX_FOR_EACH_WIDTH(PJAX_WORK)
 
 template <typename T>
 Work Best() {
+  const Width width = WidestVectors();
 #define PJAX_CHOOSE(name, attributes, W, N) \
-  if (BestLevel() == Level::name) return name##Work<T>;
-  PJAX_FOR_EACH_LEVEL(PJAX_CHOOSE)
+  if (width == Width::name) return name##Work<T>;
+  PJAX_FOR_EACH_WIDTH(PJAX_CHOOSE)
   return nullptr;
 }
 
@@ -556,8 +557,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   const bool is_wide = pages.element_type() == ffi::F32;
   if ((!is_wide && pages.element_type() != ffi::BF16) || q_shape[2] % 16)
     return ffi::Error::InvalidArgument("attention takes pages of float32 or bfloat16 and head sizes that are a multiple of 16");
-  static const Work f32 = Best<float>(), bf16 = Best<uint16_t>();
-  const Work work = is_wide ? f32 : bf16;
+  const Work work = is_wide ? Best<float>() : Best<uint16_t>();
   auto plan = std::make_shared<Plan>();
   plan->problem = {q.typed_data(), pages.untyped_data(), row_starts.typed_data(), kv_lens.typed_data(), tables.typed_data(),
                    out->typed_data(), page_shape[0], page_shape[1], table_shape[1], q_shape[1], num_kv_heads, q_shape[2], scale, softcap, window, 1, nullptr, nullptr};

@@ -252,7 +252,7 @@ PJAX_INLINE void Rows(const Problem& p, int64_t first, int64_t last, float* scra
   for (int64_t n = p.rows; n < p.all_rows; ++n) std::fill(p.y + n * p.outs + first, p.y + n * p.outs + last, 0.0f);
 }
 
-// What one level of x86 has; of two functions the second takes float32, the first bfloat16.
+// What vectors of one width have; of two functions the second takes float32, the first bfloat16.
 struct Kernels {
   int64_t width;  // of a vector
   void (*rows[2])(const Problem&, int64_t first, int64_t last, float* scratch);
@@ -268,12 +268,13 @@ struct Kernels {
   attributes void name##Pack(const void* x, int64_t rows, int64_t depth, float* to) {         \
     Pack<W>(static_cast<const X*>(x), rows, depth, to);                                       \
   }
-PJAX_FOR_EACH_LEVEL(PJAX_KERNELS)
+PJAX_FOR_EACH_WIDTH(PJAX_KERNELS)
 
 Kernels Best() {
+  const Width width = WidestVectors();
 #define PJAX_CHOOSE(name, attributes, W, N) \
-  if (BestLevel() == Level::name) return {W, {name##Rows<uint16_t>, name##Rows<float>}, {name##Pack<uint16_t>, name##Pack<float>}};
-  PJAX_FOR_EACH_LEVEL(PJAX_CHOOSE)
+  if (width == Width::name) return {W, {name##Rows<uint16_t>, name##Rows<float>}, {name##Pack<uint16_t>, name##Pack<float>}};
+  PJAX_FOR_EACH_WIDTH(PJAX_CHOOSE)
   return {};
 }
 
@@ -328,7 +329,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   const bool is_wide = w.element_type() == ffi::F32, x_is_wide = x.element_type() == ffi::F32;
   if ((!is_wide && w.element_type() != ffi::BF16) || (!x_is_wide && x.element_type() != ffi::BF16))
     return ffi::Error::InvalidArgument("a product takes float32 and bfloat16");
-  static const Kernels kernels = Best();
+  const Kernels kernels = Best();
   const int64_t all_rows = x.dimensions()[0], rows = std::clamp<int64_t>(count.typed_data()[0], 0, all_rows);
   Problem p{w.untyped_data(),  nullptr,           y->typed_data(), rows,
             w.dimensions()[0], x.dimensions()[1], all_rows,        IsPacked(rows, kernels.width, is_wide)};
@@ -352,11 +353,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::S32>>()
         .RemainingArgs()
         .Ret<ffi::Buffer<ffi::F32>>());
-
-extern "C" int PjaxHasBfloat16Units() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") ? 1 : 0;
-#else
-  return 0;
-#endif
-}

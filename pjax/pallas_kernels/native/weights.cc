@@ -131,7 +131,7 @@ PJAX_INLINE std::int64_t CopyKind(std::int32_t kind, const unsigned char* from, 
   ATTRIBUTES std::int64_t Copy##NAME(std::int32_t kind, const unsigned char* from, bool is_wide, void* to, std::int64_t count) {  \
     return is_wide ? CopyKind(kind, from, static_cast<float*>(to), count) : CopyKind(kind, from, static_cast<std::uint16_t*>(to), count); \
   }
-PJAX_FOR_EACH_LEVEL(PJAX_DEFINE)
+PJAX_FOR_EACH_WIDTH(PJAX_DEFINE)
 #undef PJAX_DEFINE
 
 }  // namespace
@@ -141,9 +141,9 @@ PJAX_FOR_EACH_LEVEL(PJAX_DEFINE)
 extern "C" std::int64_t PjaxCopyWeights(std::int32_t kind, const void* from, std::int32_t is_wide, void* to, std::int64_t count) {
   const auto* bytes = static_cast<const unsigned char*>(from);
 #if defined(__x86_64__)
-  static const Level level = BestLevel();
-  if (level == Level::Avx512) return CopyAvx512(kind, bytes, is_wide != 0, to, count);
-  if (level == Level::Avx2) return CopyAvx2(kind, bytes, is_wide != 0, to, count);
+  const Width width = WidestVectors();
+  if (width == Width::Avx512) return CopyAvx512(kind, bytes, is_wide != 0, to, count);
+  if (width == Width::Avx2) return CopyAvx2(kind, bytes, is_wide != 0, to, count);
 #endif
   return CopyPlain(kind, bytes, is_wide != 0, to, count);
 }
