@@ -6,6 +6,8 @@ takes Python longer than anything else at start-up (docs/decisions/0014-start-up
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -26,7 +28,10 @@ from pjax.pallas_kernels import native
 
 log = logging.getLogger(__name__)
 
-MAX_KEPT = 256  # files; those used longest ago go
+MAX_BYTES = 1 << 30  # of all files; those used longest ago go
+SAVES_PER_LOOK = 16  # the folder is looked through after so many new files
+STEP_PARTS = ("config.py", "machine.py", "models", "pallas_kernels", "params", "runner")
+"""The parts of pjax whose code is traced, or decides what is: what a step imports beside them knows nothing of JAX."""
 
 
 def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
@@ -39,13 +44,15 @@ def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
 class Executables:
     """Compiled steps, each in a file whose name has the hash of all that it follows from: `facts`, pjax's code, the machine.
 
-    A file that is damaged or of another version is compiled anew. Files are pickles, as JAX's own loader takes them: their folder must
-    be as trusted as JAX's cache, which holds machine code too.
+    Code counts by its content, wherever it lies and whenever it was written. All files together take MAX_BYTES at most. A file that is
+    damaged or of another version is compiled anew. Files are pickles, as JAX's own loader takes them: their folder must be as trusted
+    as JAX's cache, which holds machine code too.
     """
 
     def __init__(self, folder: Path | None, *facts: object) -> None:
         self._folder = folder
         self._facts = "\n".join(map(repr, (*facts, *_environment()))) if folder is not None else ""
+        self._num_saved = 0
 
     def get(self, name: str, compile_it: Callable[[], Any]) -> Any:
         """The compiled step of that name: from its file, or compiled and saved."""
@@ -71,22 +78,44 @@ class Executables:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
             part.replace(path)
-            kept = sorted((file for file in path.parent.iterdir() if file.name[0] != "."), key=lambda file: file.stat().st_mtime)
-            for file in kept[:-MAX_KEPT]:
-                file.unlink(missing_ok=True)
+            if self._num_saved % SAVES_PER_LOOK == 0:
+                _drop_oldest(path.parent)
+            self._num_saved += 1
         except Exception as error:  # a full disk, say: the step itself is there
             log.debug("%s: %s", path, error)
             part.unlink(missing_ok=True)
 
 
+def _drop_oldest(folder: Path) -> None:
+    """Leaves files of MAX_BYTES together, those used last."""
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process drops files too
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
+    left = MAX_BYTES
+    for _, size, file in sorted(found, reverse=True):
+        left -= size
+        if left < 0:
+            file.unlink(missing_ok=True)
+
+
+@functools.cache
+def _code_digest() -> str:
+    """The hash of what is in the files of `STEP_PARTS`, tuned sizes too."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    parts = [root / part for part in STEP_PARTS]
+    files = [file for part in parts for file in ([part] if part.is_file() else part.rglob("*")) if file.suffix in (".py", ".json")]
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
 def _environment() -> tuple[object, ...]:
     """What every compiled step follows from beside the model and the engine's sizes."""
-    root = Path(__file__).parents[1]
-    files = sorted(file for file in root.rglob("*.*") if file.suffix in (".py", ".so"))
-    sources = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
     settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name and "traceback" not in name)
     variables = [os.environ.get(name) for name in ("XLA_FLAGS", "PJAX_ATTENTION_BACKEND", "PJAX_DEBUG")]
     versions = (jax.__version__, jaxlib.version.__version__, platform.python_version(), platform.machine())
-    return versions, flags, len(jax.devices()), settings, variables, sources
+    return versions, flags, len(jax.devices()), settings, variables, native.cpu_level(), _code_digest()

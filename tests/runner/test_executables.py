@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from pjax import LLM, SamplingParams
 from pjax.models import load
 from pjax.models.layers import RMSNorm
-from pjax.runner.executables import MAX_KEPT, Executables
+from pjax.pallas_kernels import native
+from pjax.runner import executables
 from pjax.runner.runner import ModelRunner
 from tests.engine.common import OPTIONS, greedy
 from tests.tiny import write_model
@@ -34,20 +34,29 @@ def files(cache: Path) -> list[Path]:
     return sorted((cache / "steps").iterdir()) if (cache / "steps").exists() else []
 
 
-@pytest.fixture(autouse=True)
-def _no_cache_of_jax() -> Iterator[None]:
-    """Which an engine of an earlier test, or of one here, has turned on for the whole process."""
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()  # it goes on in the folder that it began with
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def filled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A folder with the steps of PROMPT, and its tokens."""
+    cache = tmp_path_factory.mktemp("steps")
+    found = tokens(model, cache)
+    assert files(cache)
+    return cache, found
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model")
+def cache(filled: tuple[Path, list[int]], tmp_path: Path) -> Path:
+    """The same, for one test."""
+    return Path(shutil.copytree(filled[0], tmp_path / "cache"))
+
+
+@pytest.fixture
+def first(filled: tuple[Path, list[int]]) -> list[int]:
+    return filled[1]
 
 
 def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +66,9 @@ def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "_lower_and_compile", refuse)
 
 
-def test_a_second_engine_compiles_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tokens(model, tmp_path)
-    assert files(tmp_path)
+def test_a_second_engine_compiles_nothing(model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     no_compiling(monkeypatch)
-    assert tokens(model, tmp_path) == first
+    assert tokens(model, cache) == first
 
 
 COUNTING = """
@@ -86,38 +93,71 @@ def test_a_second_process_compiles_nothing(model: Path, tmp_path: Path) -> None:
     assert first > 0 and second == 0
 
 
-def test_the_pool_of_a_step_from_disk_is_updated_in_place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens(model, tmp_path)
+def test_the_pool_of_a_step_from_disk_is_updated_in_place(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_compiling(monkeypatch)
-    llm = LLM(model, compilation_cache_dir=str(tmp_path), **OPTIONS)
+    llm = LLM(model, compilation_cache_dir=str(cache), **OPTIONS)
     before = llm.engine.runner._pages
     llm.generate([PROMPT], greedy(2), use_tqdm=False)
     assert before.is_deleted() and llm.engine.runner._pages.unsafe_buffer_pointer()
 
 
-def test_a_damaged_file_is_compiled_anew(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tokens(model, tmp_path)
-    for number, file in enumerate(files(tmp_path)):
+def test_a_damaged_file_is_compiled_anew(model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, file in enumerate(files(cache)):
         file.write_bytes(b"" if number == 0 else file.read_bytes()[:100])
-    assert tokens(model, tmp_path) == first
+    assert tokens(model, cache) == first
     no_compiling(monkeypatch)
-    assert tokens(model, tmp_path) == first
+    assert tokens(model, cache) == first
 
 
-@pytest.mark.parametrize("change", [{"page_size": 8}, {"dtype": "bfloat16"}, {"layer_mode": "unroll"}, {"attention_backend": "xla"}])
-def test_other_settings_are_other_steps(model: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    tokens(model, tmp_path)
-    before = files(tmp_path)
-    tokens(model, tmp_path, **change)
-    assert set(files(tmp_path)) > set(before)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page_size": 8},
+        {"attention_backend": "xla"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.extended),
+        pytest.param({"layer_mode": "unroll"}, marks=pytest.mark.extended),
+    ],
+)
+def test_other_settings_are_other_steps(model: Path, cache: Path, change: dict[str, Any]) -> None:
+    before = files(cache)
+    tokens(model, cache, **change)
+    assert set(files(cache)) > set(before)
 
 
-def test_another_model_of_the_same_shapes_is_another_step(model: Path, tmp_path: Path) -> None:
+def test_another_level_of_the_processor_is_other_steps(model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may have been traced for what the processor has."""
+    before = files(cache)
+    monkeypatch.setattr(native, "cpu_level", lambda: "another")
+    assert tokens(model, cache) == first
+    assert set(files(cache)) > set(before)
+
+
+def test_code_counts_by_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another checkout of the same code finds the steps, whenever its files were written; changed code does not."""
+    digest, package = executables._code_digest.__wrapped__, Path(executables.__file__).parents[1]
+    here = digest()
+    clone = tmp_path / "pjax"
+    shutil.copytree(package, clone, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    monkeypatch.setattr(executables, "__file__", str(clone / "runner" / "executables.py"))
+    assert digest() == here
+    (clone / "server" / "app.py").write_text("")
+    assert digest() == here, "a step does not follow from the server's code"
+    changed = clone / "models" / "layers.py"
+    content = changed.read_text()
+    changed.write_text(content + "\n")
+    assert digest() != here
+    changed.write_text(content)
+    assert digest() == here
+    changed.rename(clone / "models" / "layers2.py")
+    assert digest() != here
+
+
+def test_another_model_of_the_same_shapes_is_another_step(cache: Path, first: list[int], tmp_path: Path) -> None:
     """Its config differs in a number that no shape shows."""
-    first, before = tokens(model, tmp_path), files(tmp_path)
+    before = files(cache)
     other = write_model(tmp_path / "other", rope_theta=100.0)
-    assert tokens(other, tmp_path) != first
-    assert set(files(tmp_path)) > set(before)
+    assert tokens(other, cache) != first
+    assert set(files(cache)) > set(before)
 
 
 def test_steps_with_code_of_the_callers_are_not_kept(model: Path, tmp_path: Path) -> None:
@@ -140,8 +180,16 @@ def test_models_with_a_callers_module_inside_are_not_kept(model: Path, tmp_path:
         assert bool(files(cache)) == is_kept
 
 
-def test_the_oldest_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pjax.runner.executables.serialize_executable.serialize", lambda compiled: compiled)
-    for number in range(MAX_KEPT + 3):
-        assert Executables(tmp_path, number).get("step", lambda: "compiled") == "compiled"
-    assert len(list(tmp_path.iterdir())) == MAX_KEPT
+def test_the_files_used_longest_ago_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are over MAX_BYTES in all; the folder is looked through with an engine's first file and some later ones."""
+    monkeypatch.setattr(executables.serialize_executable, "serialize", lambda compiled: compiled)
+    monkeypatch.setattr(executables, "MAX_BYTES", 10_000)
+    steps = executables.Executables(tmp_path, "engine")
+    for number in range(1 + executables.SAVES_PER_LOOK):
+        assert steps.get(f"step{number:02}", lambda: b"x" * 1800) == b"x" * 1800
+        if number < executables.SAVES_PER_LOOK:
+            assert len(list(tmp_path.iterdir())) == number + 1
+        for file in tmp_path.glob(f"step{number:02}*"):
+            os.utime(file, (number, number))
+    kept = sorted(file.name[:6] for file in tmp_path.iterdir())
+    assert kept == [f"step{number:02}" for number in range(executables.SAVES_PER_LOOK - 4, executables.SAVES_PER_LOOK + 1)]
