@@ -20,7 +20,7 @@ pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.ver
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $${list:+-c "$$list"}
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test test-parallel test-multi-host test-aot test-clients test-ray test-page check-docker docs check format bench bench-peers soak clean
+.PHONY: help generate serve test test-all test-long mutate test-parallel test-multi-host test-aot test-clients test-ray test-page check-docker docs check format bench bench-peers soak clean clean-test-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -61,13 +61,21 @@ serve: export PJAX_MODEL = $(value MODEL)
 serve: $(VENV)/.server ## OpenAI's endpoints and a page at http://localhost:8000/ (MODEL=… as above, ARGS="--port 80")
 	@$(VENV)/bin/python -m pjax serve $(ARGS)
 
-# Most of the suite's time is compiling small steps: a third of it so (XLA's older emitters, LLVM's first level). Matrix products and
-# attention are not LLVM's on a CPU, and stay as fast.
+# Most of the suite's time is compiling small steps: a third of it so (XLA's older emitters, LLVM's first level, one part a program). Matrix
+# products and attention are not LLVM's on a CPU, and stay as fast.
 WORKERS ?= 2
-TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false
+TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1
 
-test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
-	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore=tests/parallel --ignore=tests/ray $(PYTEST_ARGS) $(TESTS)
+pytest = XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal --ignore=tests/parallel --ignore=tests/ray
+
+test: $(VENV)/.test ## run the tests, ten minutes on two cores (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
+	$(pytest) -m 'not extended' $(PYTEST_ARGS) $(TESTS)
+
+test-long: $(VENV)/.test ## the same with those marked extended, and ten times the examples for properties; an hour
+	PJAX_TESTS=all $(pytest) --ignore=tests/hosts/test_processes.py $(PYTEST_ARGS) $(TESTS)
+
+test-all: test-long test-multi-host test-parallel test-aot test-clients test-ray test-page soak ## every test there is (test-page needs a Chromium); hours
 
 AOT_VENV ?= .venv-aot-$(notdir $(PYTHON))
 JAX_FOR_AOT ?= $(if $(findstring 3.11,$(PYTHON)),jax[tpu]==0.10.2 jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2,jax[tpu] jax-cuda13-plugin jax-cuda13-pjrt)
@@ -79,10 +87,10 @@ $(AOT_VENV)/.done: pyproject.toml
 	@touch $@
 
 # With another Python, and so another JAX, than constraints.txt has, the interpreters run there too.
-AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/test_*_interpreted.py))
+AOT_TESTS ?= tests/aot $(if $(findstring 3.11,$(PYTHON)),,$(wildcard tests/pallas_kernels/paged_attention/test_*_interpreted.py))
 
-test-multi-host: $(VENV)/.test ## several hosts as processes on this machine: each of four lost in turn, and the rest of tests/multi_host; 20 minutes
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/multi_host/test_processes.py tests/multi_host/check_more.py
+test-multi-host: $(VENV)/.test ## several hosts as processes on this machine: two, and each of four lost in turn; 20 minutes
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/hosts/test_processes.py tests/hosts/check_more.py
 
 test-aot: $(AOT_VENV)/.done ## compile the kernels for TPUs and GPUs that are not there, in an environment of its own
 	$(AOT_VENV)/bin/python -m pytest --ignore=tests/aot/test_parallel_step.py $(PYTEST_ARGS) $(AOT_TESTS)
@@ -171,8 +179,15 @@ bench-peers: $(VENV)/.test ## pjax beside vLLM, llama.cpp, CTranslate2 and trans
 	bash benchmarks/peers/setup.sh $(PYTHON) $(PEERS) $(VENV)/bin/python
 	$(VENV)/bin/python -m benchmarks.peers.run --folder $(PEERS) $(BENCH_ARGS)
 
+MUTATE_ARGS ?=
+mutate: $(VENV)/.test ## break the code in 100 places, one at a time: which breakages do the tests not notice? (MUTATE_ARGS="--seed 1 --count 20")
+	XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python scripts/mutate.py $(MUTATE_ARGS)
+
 soak: $(VENV)/.test ## thousands of random requests through a small engine with too little memory; minutes (SOAK_ARGS=…)
 	$(VENV)/bin/python -m tests.soak $(SOAK_ARGS)
+
+clean-test-cache: ## remove what tests have compiled and kept in ~/.cache/pjax-tests
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/pjax-tests"
 
 clean: ## remove caches and build outputs; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

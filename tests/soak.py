@@ -121,10 +121,10 @@ class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng = random.Random(seed)
         self.bases = [[self.rng.randrange(256) for _ in range(40)] for _ in range(6)]
-        self.known = self._generate_alone(folder)
         wanted = [self._pages(draw(self.rng, self.bases)) for _ in range(2000)]
         num_pages = int(SHARE * ROWS * sum(pages for pages, _ in wanted) / sum(count for _, count in wanted))
         num_pages = max(num_pages, -(-LENGTH // PAGE_SIZE))
+        self.known = self._generate_alone(folder, num_pages)
         self.engine = LLMEngine(folder, EngineConfig(**SIZES, num_pages=num_pages, seconds_per_priority=0.1), progress=False)
         self.num_compiled = self.engine.runner.num_compilations
         self.asked: dict[str, Asked] = {}
@@ -135,9 +135,9 @@ class Soak:
         length = min(len(asked.prompt) + (asked.params.max_tokens or 0), LENGTH)
         return asked.num_sequences * -(-length // PAGE_SIZE), asked.num_sequences
 
-    def _generate_alone(self, folder: Path) -> list[Asked]:
+    def _generate_alone(self, folder: Path, num_pages: int) -> list[Asked]:
         """Greedy requests and their tokens, one at a time, without anything that shares or preempts."""
-        config = EngineConfig(**SIZES, lazy=True, num_pages=32, enable_prefix_caching=False, preemption_mode="recompute")
+        config = EngineConfig(**SIZES, lazy=True, num_pages=num_pages, enable_prefix_caching=False, preemption_mode="recompute")
         engine, known = LLMEngine(folder, config, progress=False), []
         for _ in range(20):
             asked = draw(self.rng, self.bases)

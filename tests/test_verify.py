@@ -11,7 +11,8 @@ from flax import nnx
 
 from pjax import cli, verify
 from pjax.models import llama
-from tests.models import gguf_files, hf
+from tests.models import hf
+from tests.models.checkpoints import gguf_files
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "OPT", "GPT2"])

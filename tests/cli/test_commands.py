@@ -16,7 +16,7 @@ from pjax.cli.run_batch import read_answers
 from tests.server.common import OPTIONS, Running, start
 from tests.tiny import write_model
 
-ENGINE = "--max-model-len 128 --max-num-seqs 4 --max-num-batched-tokens 32 --num-pages 64 --lazy".split()
+ENGINE = "--max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 32 --num-pages 64 --lazy".split()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -37,9 +37,7 @@ def server(model: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def pjax(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
+def pjax(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
         status = cli.main(arguments)

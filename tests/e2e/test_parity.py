@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,29 @@ import transformers
 
 from pjax import LLM, BeamSearchParams, SamplingParams
 
-NUM_NEW = 64
+ROOT = Path(__file__).resolve().parents[2]
 NEAR_TIE = 1e-4  # of two logits: either token is right
+CROWDED: dict[str, Any] = {
+    "lazy": True,
+    "max_model_len": 320,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "num_pages": 34,
+    "progress": False,
+}
 LOGPROB_TOLERANCE = 1e-3
+CROWDED: dict[str, Any] = {
+    "lazy": True,
+    "max_model_len": 320,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "num_pages": 34,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
 def reference(demo_gguf: Path):
-    torch.set_num_threads(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32)
@@ -32,36 +48,33 @@ def reference(demo_gguf: Path):
 
 @pytest.fixture(scope="module")
 def crowded(demo_gguf: Path) -> LLM:
-    """Chunks of at most 48 tokens, and pages for 4 of the 32 requests or so."""
-    return LLM(demo_gguf, lazy=True, max_model_len=800, max_num_seqs=16, max_num_batched_tokens=48, num_pages=120, progress=False)
+    """Chunks of at most 32 tokens, and too few pages for the two longest requests."""
+    return LLM(demo_gguf, **CROWDED)
 
 
-def prompts_of(llm: LLM) -> list[list[int]]:
-    """32 prompts of 1 to 700 tokens: English and code from this repository, and random ids."""
+def prompts_of(llm: LLM, count: int, longest: int) -> list[list[int]]:
+    """Prompts of 1 to `longest` tokens, the first of them next to some bound: English, code that stays as it is, and random ids."""
     rng = np.random.default_rng(7)
-    root = Path(__file__).resolve().parents[2]
-    text = llm.get_tokenizer().encode((root / "LICENSE").read_text()[:9000] + (root / "pjax" / "llm.py").read_text())
-    lengths = [1, 2, 15, 16, 17, 700, 699, 47, 48, 49, *np.exp(rng.uniform(0, np.log(700), 22)).astype(int)]
-    starts = rng.integers(0, len(text) - 700, len(lengths))
+    text = llm.get_tokenizer().encode((ROOT / "LICENSE").read_text()[:9000] + (ROOT / "tests" / "e2e" / "code.txt").read_text())
+    bounds = [1, 2, 15, 16, 17, longest, longest - 1, 31, 32, 33]
+    lengths = [*bounds, *np.exp(rng.uniform(0, np.log(longest), count)).astype(int)][:count]
+    starts = rng.integers(0, len(text) - longest, len(lengths))
     random = [rng.integers(0, 49152, n).tolist() for n in lengths]
     return [random[i] if i % 4 == 3 else text[starts[i] : starts[i] + n] for i, n in enumerate(lengths)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: pytest.CaptureFixture[str]) -> None:
-
-    prompts = prompts_of(crowded)
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True, logprobs=0)
-    outputs = crowded.generate(prompts, params, use_tqdm=False)
+def check_greedy(llm: LLM, reference: Any, prompts: list[list[int]], num_new: int) -> str:
+    """Each token is the likeliest after those before it, or as good as that, and has transformers' log-probability; what was seen."""
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=0)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     assert sum(output.metrics.num_preemptions for output in outputs) > 0, "the pool was meant to be too small"
     near_ties, worst = 0, 0.0
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = output.outputs[0].token_ids
-        assert len(tokens) == NUM_NEW
+        assert len(tokens) == num_new
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].double().numpy()
-        chosen = logits[np.arange(NUM_NEW), tokens]
+            logits = reference(torch.tensor([prompt + tokens[:-1]]), logits_to_keep=num_new).logits[0].double().numpy()
+        chosen = logits[np.arange(num_new), tokens]
         behind = logits.max(axis=-1) - chosen
         assert behind.max() <= NEAR_TIE, f"a prompt of {len(prompt)}: token {int(behind.argmax())} is {behind.max():.2e} behind"
         near_ties += int((behind > 0).sum())
@@ -70,10 +83,26 @@ def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: py
         worst = max(worst, float(np.abs(expected - got).max()))
         assert worst <= LOGPROB_TOLERANCE
         assert abs(output.outputs[0].cumulative_logprob - sum(got)) < 1e-6
+    return f"{len(prompts)} prompts x {num_new} tokens, {near_ties} near-ties used, log-probabilities within {worst:.1e}"
+
+
+def test_crowded_greedy_matches_transformers(crowded: LLM, reference, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = check_greedy(crowded, reference, prompts_of(crowded, 12, 250), 24)
     with capsys.disabled():
-        print(f"\nparity: {len(prompts)} prompts x {NUM_NEW} tokens, {near_ties} near-ties used, log-probabilities within {worst:.1e}")
+        print(f"\nparity: {seen}")
 
 
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+def test_a_larger_crowd_matches_transformers(demo_gguf: Path, reference, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages for 4 of the 32 requests or so."""
+    llm = LLM(demo_gguf, **CROWDED | {"max_model_len": 800, "max_num_seqs": 16, "max_num_batched_tokens": 48, "num_pages": 120})
+    seen = check_greedy(llm, reference, prompts_of(llm, 32, 700), 64)
+    with capsys.disabled():
+        print(f"\nparity: {seen}")
+
+
+@pytest.mark.extended
 def test_generate_of_transformers_itself(crowded: LLM, reference) -> None:
     """Not only by induction."""
 

@@ -16,6 +16,10 @@ OPTIONS: dict[str, Any] = {
     "num_pages": 16,
     "progress": False,
 }
+TIGHT = OPTIONS | {"num_pages": 9}
+"""Pages for two of the longest sequences, or so."""
+ROOMY = OPTIONS | {"max_num_seqs": 16, "num_pages": 200}
+"""Nobody waits. (Engines of the same sizes share their compiled steps: take one of these three where you can.)"""
 
 
 def greedy(max_tokens: int = 8, **fields: Any) -> SamplingParams:

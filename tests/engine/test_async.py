@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 
-from pjax import LLM, AsyncLLM, BeamSearchParams, EngineDeadError, InvalidRequestError, QueueFullError, RequestFailedError, SamplingParams
+from pjax import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    SamplingParams,
+    models,
+)
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
+from tests.tiny import write_model
 
 PROMPTS = [[(7 * i + j) % VOCAB for j in range(3 + 5 * i)] for i in range(6)]
 
@@ -175,35 +186,44 @@ def test_two_event_loops(served: AsyncLLM, expected: list[list[int]]) -> None:
     assert [results[index] for index in range(4)] == expected[:4]
 
 
-def fail_steps(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def fail_steps(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, count: int, where: str = "dispatch") -> None:
+    """The device fails so many times, as the runner starts a step or waits for its tokens."""
     left = [count]
-    step = llm.engine.step
+    call = getattr(llm.engine.runner, where)
 
-    def failing() -> Any:
+    def failing(*arguments: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise RuntimeError("the device is gone")
-        return step()
+        return call(*arguments)
 
-    monkeypatch.setattr(llm.engine, "step", failing)
+    monkeypatch.setattr(llm.engine.runner, where, failing)
 
 
-def test_one_failed_step_is_tried_again(served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["dispatch", "fetch"])
+def test_one_failed_step_is_tried_again(served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Nobody in it loses a token."""
+
     async def main() -> None:
         stream = served.generate(PROMPTS[1], greedy(10))
+        beside = asyncio.create_task(tokens(served, PROMPTS[3], greedy(10)))
         await anext(stream)
-        fail_steps(served, monkeypatch, 1)
+        fail_steps(served, monkeypatch, 1, where)
         assert [output async for output in stream][-1].outputs[0].token_ids == expected[1]
+        assert await beside == expected[3]
 
     asyncio.run(main())
-    assert served.is_running
+    assert served.is_running and served._num_failures == 0
 
 
-def test_requests_whose_steps_fail_are_given_up(served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["dispatch", "fetch"])
+def test_requests_whose_steps_fail_are_given_up(
+    served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     async def main() -> None:
         stream = served.generate(PROMPTS[1], greedy(80))
         await anext(stream)
-        fail_steps(served, monkeypatch, 2)
+        fail_steps(served, monkeypatch, 2, where)
         with pytest.raises(RequestFailedError, match="the device is gone"):
             _ = [output async for output in stream]
         assert await tokens(served, PROMPTS[2], greedy(10)) == expected[2]
@@ -248,9 +268,20 @@ def test_shutdown_drains_then_aborts(folder: Path, expected: list[list[int]]) ->
     assert not llm._thread.is_alive()
 
 
-def test_params_are_swapped_between_steps(served: AsyncLLM, expected: list[list[int]]) -> None:
-    async def main() -> None:
-        await served.update_params(served.engine.params)
-        assert await tokens(served, PROMPTS[0], greedy(10)) == expected[0]
+def test_params_are_swapped_between_steps(served: AsyncLLM, llm: LLM, expected: list[list[int]], tmp_path: Path) -> None:
+    """While a request runs: its tokens are the old model's up to the swap, and the new one's after them."""
+    folder = write_model(tmp_path, seed=1)
+    other = LLM(folder, **OPTIONS)
+    old, new = ids(llm, PROMPTS[1], greedy(60)), ids(other, PROMPTS[0], greedy(10))
+    assert new != expected[0]
 
-    asyncio.run(main())
+    async def main() -> list[int]:
+        stream = served.generate(PROMPTS[1], greedy(60))
+        await anext(stream)
+        await served.update_params(models.load(folder, layer_mode="loop", progress=False), restart=True)
+        assert await tokens(served, PROMPTS[0], greedy(10)) == new
+        return [output async for output in stream][-1].outputs[0].token_ids
+
+    got = asyncio.run(main())
+    swapped = [count for count in range(1, 60) if got[:count] == old[:count] and got[count:] != old[count:]]
+    assert any(got[count:] == ids(other, PROMPTS[1] + got[:count], greedy(60 - count)) for count in swapped)

@@ -17,7 +17,7 @@ from pjax.runner.runner import ModelRunner
 from tests.engine import common
 from tests.engine.common import VOCAB, greedy
 
-OPTIONS = common.OPTIONS | {"num_pages": 9}
+OPTIONS = common.TIGHT
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,12 @@ import torch
 import transformers
 
 from pjax import LLM, BeamSearchParams, InvalidRequestError, SamplingParams
+from tests.engine.common import ROOMY
 from tests.tiny import CONFIG
 
 VOCAB = CONFIG["vocab_size"]
 EOS = [257, 7, 30, 90]  # likely enough to end some beams
-OPTIONS: dict[str, Any] = {
-    "lazy": True,
-    "max_model_len": 96,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 32,
-    "num_pages": 200,
-    "progress": False,
-}
+OPTIONS = ROOMY
 PROMPTS = [[1, 2, 3], [5] * 16, list(range(20, 55))]
 
 

@@ -304,7 +304,7 @@ def test_a_warm_up_takes_the_pools_memory_and_a_lazy_engine_does_not(folder: Pat
     monkeypatch.setattr("pjax.pallas_kernels.pages._touch", lambda pool, stop: calls.append(pool.shape))
     LLM(folder, **OPTIONS)
     assert not calls
-    llm = LLM(folder, **OPTIONS | {"lazy": False, "max_num_seqs": 2, "max_num_batched_tokens": 16})
+    llm = LLM(folder, **OPTIONS | {"lazy": False})
     assert calls == [llm.engine.runner._pages.shape]
 
 
@@ -312,9 +312,11 @@ def test_large_pages_come_with_the_first_large_step(folder: Path, monkeypatch: p
     """By what a step holds: every prefill's bucket has as many rows as the engine."""
     calls: list[object] = []
     monkeypatch.setattr("pjax.runner.runner.use_large_pages", calls.append)
-    llm = LLM(folder, **OPTIONS | {"max_num_seqs": 16, "max_num_batched_tokens": 96})
-    ids(llm, [1, 2, 3], greedy(2))
+    monkeypatch.setattr("pjax.runner.runner.SHORT_STEP", 20)
+    monkeypatch.setattr("pjax.runner.runner.FEW_ROWS", 2)
+    llm = LLM(folder, **OPTIONS)
+    ids(llm, list(range(20)), greedy(2))
     assert not calls
     for _ in range(2):
-        ids(llm, list(range(70)), greedy(2))
+        ids(llm, list(range(50, 71)), greedy(2))
         assert len(calls) == 1

@@ -13,10 +13,10 @@ from flax import nnx
 
 from pjax import LLM, SamplingParams, models
 from pjax.errors import ConfigError
+from tests.engine import common
 from tests.tiny import write_model
 
-OPTIONS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_pages": 40, "page_size": 4}
-OPTIONS |= {"lazy": True, "progress": False, "skip_tokenizer_init": True}
+OPTIONS: dict[str, Any] = common.OPTIONS | {"skip_tokenizer_init": True}
 PARAMS = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [np.random.default_rng(0).integers(0, 256, n).tolist() for n in (5, 30)]
 

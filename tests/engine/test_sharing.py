@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pjax import LLM, InvalidRequestError, SamplingParams
-from tests.engine.common import OPTIONS, VOCAB, greedy
+from tests.engine.common import OPTIONS, ROOMY, TIGHT, VOCAB, greedy
 
 
 def test_a_cached_prefix_changes_no_token(folder: Path) -> None:
@@ -60,10 +60,10 @@ def test_n_samples_are_what_n_requests_would_draw(folder: Path) -> None:
 
 
 def test_more_samples_than_rows_and_pages(folder: Path) -> None:
-    llm = LLM(folder, **OPTIONS | {"num_pages": 7})
+    llm = LLM(folder, **TIGHT)
     params = SamplingParams(n=7, seed=3, max_tokens=40, ignore_eos=True)
     outputs = llm.generate([[5] * 20, [9] * 30], params, use_tqdm=False)
-    roomy = LLM(folder, **OPTIONS | {"num_pages": 100, "max_num_seqs": 16}).generate([[5] * 20, [9] * 30], params, use_tqdm=False)
+    roomy = LLM(folder, **ROOMY).generate([[5] * 20, [9] * 30], params, use_tqdm=False)
     assert [[one.token_ids for one in o.outputs] for o in outputs] == [[one.token_ids for one in o.outputs] for o in roomy]
     assert sum(o.metrics.num_preemptions for o in outputs) > 0 and sum(o.metrics.num_preemptions for o in roomy) == 0
 

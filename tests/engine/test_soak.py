@@ -10,7 +10,7 @@ from tests.soak import Soak
 from tests.tiny import write_model
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_few_hundred_random_requests_end_as_they_should(tmp_path: Path) -> None:
     soak = Soak(write_model(tmp_path), seed=3)
     figures = soak.run(300)

@@ -62,8 +62,8 @@ def torch_logits(model: Any, tokens: list[list[int]]) -> np.ndarray:
 
 
 def load(folder: Path, **options: Any) -> LLM:
-    """An engine whose steps are so small that prompts come in chunks beside decoding."""
-    sizes = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_pages": 60, "page_size": 4}
+    """Two rows and steps so small that prompts come in chunks beside decoding; pages for one long sequence and a bit."""
+    sizes = {"max_model_len": 128, "max_num_seqs": 2, "max_num_batched_tokens": 16, "num_pages": 30, "page_size": 4}
     return LLM(folder, skip_tokenizer_init=True, lazy=True, progress=False, **sizes | options)
 
 

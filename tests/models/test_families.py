@@ -1,4 +1,8 @@
-"""Every family against transformers + torch on small random models: every config field that pjax applies, both ways."""
+"""Every family against transformers + torch on small random models: every config field that pjax applies, both ways.
+
+A config field changes what a model computes, and that is seen in the logits of its dense path, for each configuration. The engine
+runs the same layers on pages: it is tried once for each mechanism (`THROUGH_PAGES`), and for every configuration by `make test-all`.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +96,19 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "silu, heads of 64, epsilon": {"activation_function": "silu", "n_embd": 128, "n_head": 2, "layer_norm_epsilon": 1e-2},
     },
 }  # fmt: skip
+THROUGH_PAGES = {  # of what depends on positions, pages or the layer, one of each kind
+    "Llama": ("plain", "dynamic"),
+    "Mistral": ("window",),
+    "GPTNeoX": ("plain",),
+    "OPT": ("as the 350m",),
+    "GPT2": ("scaled by layer",),
+}
 ALL = [pytest.param(family, name, id=f"{family}: {name}") for family, configs in CONFIGS.items() for name in configs]
+ENGINES = [
+    pytest.param(family, name, marks=[] if name in THROUGH_PAGES.get(family, ()) else pytest.mark.extended, id=f"{family}: {name}")
+    for family, configs in CONFIGS.items()
+    for name in configs
+]
 
 
 def logits_of(folder: Path, tokens: list[list[int]], **options: Any) -> np.ndarray:
@@ -102,14 +118,19 @@ def logits_of(folder: Path, tokens: list[list[int]], **options: Any) -> np.ndarr
 
 
 @pytest.mark.parametrize(("family", "name"), ALL)
-def test_logits_and_greedy_tokens(family: str, name: str, tmp_path: Path) -> None:
-    """Logits at every position within 2e-4; 64 greedy tokens of a mixed batch through the pages, prompts in chunks."""
+def test_logits(family: str, name: str, tmp_path: Path, kept_programs: None) -> None:
+    """Within 2e-4 at every position."""
     model = hf.make(tmp_path, family, **CONFIGS[family][name])
     tokens = np.random.default_rng(2).integers(0, hf.VOCAB, (2, 100)).tolist()
-    got = logits_of(tmp_path, tokens)
     want = hf.torch_logits(model, tokens)
     assert want.std(axis=1).max() > 0.1  # outputs vary
-    np.testing.assert_allclose(got, want, atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(logits_of(tmp_path, tokens, layer_mode="scan"), want, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("family", "name"), ENGINES)
+def test_greedy_tokens_through_pages(family: str, name: str, tmp_path: Path) -> None:
+    """64 tokens of a mixed batch, prompts in chunks."""
+    model = hf.make(tmp_path, family, **CONFIGS[family][name])
     hf.check_greedy(model, hf.generate(hf.load(tmp_path), 64))
 
 
@@ -122,33 +143,33 @@ TELLING = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_way_to_run_the_layers_gives_the_same(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["scan", "unroll"])  # a CPU's engine loops, as above
+@pytest.mark.parametrize("family", ["Llama", *(pytest.param(family, marks=pytest.mark.extended) for family in FAMILIES[1:])])
+def test_every_way_to_run_the_layers_gives_the_same(family: str, mode: str, tmp_path: Path) -> None:
     model = hf.make(tmp_path, family, **TELLING[family])
-    for mode in ("scan", "loop"):  # unrolled above
-        hf.check_greedy(model, hf.generate(hf.load(tmp_path, layer_mode=mode), 12))
+    hf.check_greedy(model, hf.generate(hf.load(tmp_path, layer_mode=mode), 12))
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("page_size", [1, *(pytest.param(size, marks=pytest.mark.extended) for size in (16, 64))])
 def test_every_page_size(page_size: int, tmp_path: Path) -> None:
     model = hf.make(tmp_path, "Llama")
     hf.check_greedy(model, hf.generate(hf.load(tmp_path, page_size=page_size, num_pages=160 // page_size + 2), 12))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_bfloat16_is_near_float32(family: str, tmp_path: Path) -> None:
+def test_bfloat16_is_near_float32(family: str, tmp_path: Path, kept_programs: None) -> None:
     """As near as torch's own bfloat16 is, within a factor."""
     model = hf.make(tmp_path, family)
     tokens = np.random.default_rng(2).integers(0, hf.VOCAB, (2, 40)).tolist()
     exact = hf.torch_logits(model, tokens)
-    got = logits_of(tmp_path, tokens, dtype="bfloat16")
+    got = logits_of(tmp_path, tokens, dtype="bfloat16", layer_mode="scan")
     theirs = hf.torch_logits(model.bfloat16(), tokens)
     assert np.abs(got - exact).mean() < 2 * np.abs(theirs - exact).mean()
 
 
 @pytest.mark.parametrize("mode", ["unroll", "scan"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_and_names_are_torchs(family: str, mode: str, tmp_path: Path) -> None:
+def test_gradients_and_names_are_torchs(family: str, mode: str, tmp_path: Path, kept_programs: None) -> None:
     """jax.grad of the mean log-likelihood through the dense path, by Hugging Face's names; the parameters too."""
     theirs = hf.make(tmp_path, family, **TELLING[family])
     tokens = np.random.default_rng(3).integers(0, hf.VOCAB, (2, 20))

@@ -16,29 +16,24 @@ SIZES = [(1, 64, 7), (2, 70, 64), (3, 5, 12), (5, 1000, 33), (13, 40, 41), (17, 
 SIZES += [(6, 1600, 300), (8, 20, 13), (64, 33, 200), (130, 1600, 260), (48, 3100, 90)]
 
 
+native_product = jax.jit(products._native)
+
+
 def draw(rng: np.random.Generator, *shape: int, dtype: Any) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
-def test_the_library_was_built() -> None:
-    assert native.library() is not None, "make test builds it"
-
-
-def test_a_library_for_a_later_jaxlib_is_left_aside(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA would refuse it, but where no backend is there yet only as that starts."""
-    version = native.ffi_version()
-    monkeypatch.setattr(native, "ffi_version", lambda: version - 1)
-    assert native._load.__wrapped__() is None
-    assert f"built for version {version} of XLA's calls, but that of jax {jax.__version__} is {version - 1}" in caplog.text
+def test_avx512s_bfloat16_units_are_hidden_with_it(cpu_level: str) -> None:
+    if cpu_level in ("baseline", "avx2"):
+        assert not products._has_bfloat16_units()
 
 
 @pytest.mark.parametrize(("rows", "num_in", "num_out"), SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int) -> None:
+def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_out: int, cpu_level: str) -> None:
     rng = np.random.default_rng(rows)
     x, kernel = draw(rng, rows, num_in, dtype=dtype), draw(rng, num_out, num_in, dtype=dtype)
-    assert native.library() is not None
-    y = jax.jit(products._native)(x, (kernel,), jnp.int32(0), jnp.int32(rows))
+    y = native_product(x, (kernel,), jnp.int32(0), jnp.int32(rows))
     assert y.dtype == jnp.float32
     wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
     np.testing.assert_allclose(np.asarray(y, np.float64), wanted, atol=1e-5 * num_in**0.5)
@@ -46,15 +41,32 @@ def test_products_are_those_of_float64(dtype: str, rows: int, num_in: int, num_o
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 6, 11, 20, 40, 99])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_that_do_not_count_are_zeros_and_not_read(dtype: str, num_rows: int) -> None:
-    """The others are what they are alone, bit for bit; more rows than there are is all of them."""
+def test_the_native_kernel_skips_rows_that_do_not_count(dtype: str, num_rows: int, cpu_level: str) -> None:
+    """They become zeros. The others are what they are alone, bit for bit; more rows than there are is all of them."""
     rng = np.random.default_rng(num_rows)
     x, kernel = draw(rng, 40, 70, dtype=dtype), draw(rng, 101, 70, dtype=dtype)
     padded = x.at[num_rows:].set(jnp.nan)
-    y = np.asarray(jax.jit(products.product)(padded, (kernel,), 0, jnp.int32(num_rows)))
+    y = np.asarray(native_product(padded, (kernel,), jnp.int32(0), jnp.int32(num_rows)))
     np.testing.assert_array_equal(y[num_rows:], 0)
     if num_rows:
-        np.testing.assert_array_equal(y[:num_rows], products.product(x[:num_rows], (kernel,)))
+        alone = native_product(x[:num_rows], (kernel,), jnp.int32(0), jnp.int32(min(num_rows, 40)))
+        np.testing.assert_array_equal(y[:num_rows], alone)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 9, 30, 40])
+@pytest.mark.parametrize("has_units", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_that_do_not_count_change_nothing_in_others(
+    dtype: str, has_units: bool, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever path: a CPU with bfloat16 units takes XLA's for many rows, which computes all of them."""
+    monkeypatch.setattr(products, "_has_bfloat16_units", lambda: has_units)
+    rng = np.random.default_rng(num_rows)
+    x, kernel = draw(rng, 40, 70, dtype=dtype), draw(rng, 101, 70, dtype=dtype)
+    y = jax.jit(lambda *arrays: products.product(*arrays))(x.at[num_rows:].set(jnp.nan), (kernel,), 0, jnp.int32(num_rows))
+    assert y.shape == (40, 101)
+    wanted = np.asarray(x, np.float64)[:num_rows] @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(np.asarray(y, np.float64)[:num_rows], wanted, atol=1e-4)
 
 
 def test_only_the_chosen_kernel_is_read() -> None:
@@ -73,7 +85,7 @@ def test_a_row_that_is_nan_stays_alone(num_rows: int) -> None:
     assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, axis=0)).all()
 
 
-def test_a_row_is_added_in_three_orders_at_most() -> None:
+def test_a_row_is_added_in_three_orders_at_most(cpu_level: str) -> None:
     """Alone, among few rows, and packed, whatever its company and its place are; which numbers of rows are packed is the vectors' width."""
     rng = np.random.default_rng(0)
     row, kernel = draw(rng, 1, 1700, dtype="float32"), draw(rng, 40, 1700, dtype="float32")

@@ -22,7 +22,7 @@ from pjax.runner.sampler import SamplingArrays, sample
 from pjax.runner.vocabulary import Vocabulary
 from tests.collectives import collectives
 from tests.models import hf
-from tests.pallas_kernels.suite import Feature, make_step
+from tests.pallas_kernels.paged_attention.suite import Feature, make_step
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "OPT", "GPT2"])

@@ -18,6 +18,7 @@ from pjax.runner.filters import filter_logits
 from pjax.runner.processors import check_processors
 from pjax.runner.rules import as_row, empty_tables, write_row
 from pjax.runner.sampling_arrays import SamplingTable, flags_of
+from tests.budget import examples
 from tests.runner.reference_sampler import Row, adjusted, typical
 from tests.runner.test_sampler import check_frequencies, log, make_params, run, softmax
 
@@ -93,13 +94,13 @@ def a_row(draw: st.DrawFn) -> Row:
 
 
 @given(rows=st.lists(a_row(), min_size=4, max_size=4), places=st.permutations(range(TABLE_ROWS)), seed=st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_mixed_batches_as_float64_numpy(rows: list[Row], places: list[int], seed: int) -> None:
     check(np.random.default_rng(seed).standard_normal((4, VOCAB)) * 5, rows, places[:4])
 
 
 @given(rows=st.lists(a_row(), min_size=4, max_size=4), places=st.permutations(range(TABLE_ROWS)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_row_does_not_depend_on_the_others(rows: list[Row], places: list[int]) -> None:
     logits = (np.random.default_rng(1).standard_normal((4, VOCAB)) * 5).astype(np.float32)
     together = adjust(logits, rows, places[:4])

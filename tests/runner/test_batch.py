@@ -17,6 +17,7 @@ from pjax.params import SamplingParams
 from pjax.runner.batch import Bucket, find_bucket, make_buckets, pack
 from pjax.runner.sampling_arrays import SamplingTable
 from pjax.scheduler import Request, StepPlan
+from tests.budget import examples
 
 COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed", "num_logprobs", "logprob_temperature")
 PADDING = (0.0, 0, 1.0, 0.0, (0, 0), -1, 1.0)
@@ -163,7 +164,7 @@ def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int, list[tuple[int, in
 
 
 @given(plan=plans(), spare=st.integers(0, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_pack(plan: tuple[list[Row], Any, Any, int, Copies], spare: int) -> None:
     rows, tokens, block_tables, max_num_seqs, copies = plan
     used, num_rows = sum(row.count for row in rows), max(len(rows), sum(row.num_samples for row in rows))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pjax.scheduler.page_pool import PagePool
+from tests.budget import examples
 
 
 def owners_of(pool: PagePool) -> list[int]:
@@ -87,7 +88,7 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePool = PagePoolMachine.TestCase
-TestPagePool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestPagePool.settings = settings(max_examples=examples(100), stateful_step_count=30, deadline=None)
 
 
 def test_a_pool_has_pages() -> None:

@@ -12,6 +12,7 @@ from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.scheduler import Request, RequestStatus, Scheduler
 from pjax.scheduler.queues import RemovableHeap
+from tests.budget import examples
 
 SIZES = {"num_pages": 64, "page_size": 4, "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
 
@@ -72,7 +73,7 @@ def test_a_level_of_priority_is_worth_so_much_waiting() -> None:
     assert [step(scheduler) for _ in range(4)] == [["new"], ["old"], ["newer"], ["newest"]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(seed=st.integers(0, 2**32), levels=st.integers(1, 4), per_level=st.floats(0.5, 8.0), num_pages=st.integers(5, 12))
 def test_nobody_starves_under_endless_load_of_better_priorities(seed: int, levels: int, per_level: float, num_pages: int) -> None:
     """More work comes than can be done, all of it of a better priority. One that came before is passed by few."""
@@ -128,7 +129,7 @@ def test_deadlines_of_ended_requests_are_not_kept() -> None:
     assert scheduler.expire(2e9) == [], "another of the same id has none"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "pop", "remove"]), st.integers(0, 5), st.integers(0, 20)), max_size=300))
 def test_the_heap_is_a_sorted_list(operations: list[tuple[str, int, int]]) -> None:
     heap: RemovableHeap[int] = RemovableHeap()

@@ -14,6 +14,7 @@ from pjax.errors import ConfigError, InvalidRequestError
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
+from tests.budget import examples
 
 VOCAB, EOS, STOP = 16, 0, 1
 SIZES = {"num_pages": 64, "page_size": 4, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16}
@@ -355,4 +356,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)

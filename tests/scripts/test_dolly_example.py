@@ -87,9 +87,9 @@ def test_an_answer_ends_at_its_own_token(dolly: ModuleType, model: tuple[Path, A
 
 
 @pytest.mark.slow
-def test_as_a_program(model: tuple[Path, Any], tmp_path: Path) -> None:
+def test_as_a_program(model: tuple[Path, Any]) -> None:
     command = [sys.executable, str(EXAMPLE), "Name a colour.", "--context", "Paint.", "--model", str(model[0])]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert (result.returncode, result.stdout) == (0, "the red\n"), result.stderr
 

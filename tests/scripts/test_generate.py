@@ -21,8 +21,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("tiny"))
 
 
-def generate(*arguments: str, cache: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+def generate(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), *arguments]
     return subprocess.run(command, input=stdin or "", capture_output=True, encoding="utf-8", timeout=200, env=environment, check=False)
 
@@ -31,7 +31,7 @@ def generate(*arguments: str, cache: Path, stdin: str | None = None) -> subproce
 def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: Path) -> None:
     common = ("--model", str(model), "--max-tokens", "6", "--ignore-eos")
     (tmp_path / "prompts.txt").write_text("two\n\nthree\n")
-    result = generate("one", "--file", str(tmp_path / "prompts.txt"), "--json", "--stats", *common, cache=tmp_path)
+    result = generate("one", "--file", str(tmp_path / "prompts.txt"), "--json", "--stats", *common)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [record["prompt"] for record in records] == ["one", "two", "three"]
@@ -39,7 +39,7 @@ def test_prompts_from_arguments_file_and_standard_input(model: Path, tmp_path: P
     assert [record["num_prompt_tokens"] for record in records] == [3, 3, 5]
     assert "prompts          3 (11 tokens in, 0 of them cached, 18 out)" in result.stderr
     assert "first token" in result.stderr
-    piped = generate(*common, cache=tmp_path, stdin="one\n")
+    piped = generate(*common, stdin="one\n")
     assert piped.stdout == records[0]["text"] + "\n"
     assert piped.stderr == ""
 
@@ -57,7 +57,7 @@ def test_a_chat_template_of_ones_own(model: Path, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
     common = ("--model", str(model), "--max-tokens", "2", "--json", "--chat", "--system", "sys", "--profile", str(tmp_path / "trace"))
-    result = generate("hi", "--chat-template", str(template), *common, cache=tmp_path)
+    result = generate("hi", "--chat-template", str(template), *common)
     assert list((tmp_path / "trace").rglob("*.xplane.pb")), "--profile wrote nothing"
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["num_prompt_tokens"] == len("[system]sys[user]hi")
@@ -85,20 +85,20 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, model: Pa
     arguments = tuple(argument.replace("{model}", str(model)) for argument in arguments)
     if "--model" not in arguments:
         arguments = (*arguments, "--model", str(model))
-    result = generate(*arguments, cache=tmp_path)
+    result = generate(*arguments)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_tensor_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text from two devices; more than there are is refused."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     prompt = "one two " * 10  # more tokens than a step has that goes without large pages
     common = (prompt, "--model", str(model), "--max-tokens", "6", "--ignore-eos", "--tensor-parallel-size")
-    one, two, three = (generate(*common, size, cache=tmp_path) for size in "123")
+    one, two, three = (generate(*common, size) for size in "123")
     assert two.returncode == 0, two.stderr
     assert two.stdout == one.stdout and two.stdout.strip()
     assert three.returncode == 2 and "tensor_parallel_size is 3, but there are 2 devices (cpu)" in three.stderr

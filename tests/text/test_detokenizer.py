@@ -15,6 +15,7 @@ from pjax.params import SamplingParams
 from pjax.text.detokenizer import BROKEN, Detokenizer
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
+from tests.budget import examples
 
 TEXT = "Grüße, 你好 👩‍👩‍👧 <b>x</b>\n\n  ok 😀😀."
 
@@ -75,7 +76,7 @@ def test_characters_come_whole(tokenizer: Tokenizer) -> None:
 
 @both
 @given(text=st.text(max_size=40), step=st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_pieces_of_any_text(tokenizer: Tokenizer, text: str, step: int) -> None:
     ids = list(text.encode())
     out = pieces(tokenizer, ids, step=step)
@@ -84,7 +85,7 @@ def test_pieces_of_any_text(tokenizer: Tokenizer, text: str, step: int) -> None:
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_pieces_of_any_bytes(ids: list[int]) -> None:
     assert "".join(pieces(BYTE_LEVEL, ids)) == bytes(ids).decode(errors="replace")
 
@@ -178,7 +179,7 @@ def test_a_stop_string_may_be_in_the_flush() -> None:
     include=st.booleans(),
     step=st.integers(1, 9),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_stop_strings_cut_as_the_model_says(text: str, stops: list[str], include: bool, step: int) -> None:
     ids = list(text.encode())
     params = SamplingParams(stop=stops, include_stop_str_in_output=include)

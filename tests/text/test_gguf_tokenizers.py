@@ -17,6 +17,7 @@ from transformers import GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
 
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
+from tests.budget import examples
 from tests.text.folders import TEXTS
 
 CORPUS = [
@@ -126,7 +127,7 @@ def test_texts(pair: tuple[Tokenizer, Any], text: str) -> None:
     check(pair, text)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text(pair: tuple[Tokenizer, Any], text: str) -> None:
     check(pair, text)

@@ -18,6 +18,7 @@ from pjax.errors import CheckpointError, InvalidRequestError, UnsupportedError
 from pjax.text.gguf_tokenizer import load_gguf_tokenizer
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
+from tests.budget import examples
 from tests.text.folders import TEXTS, train, transformers_tokenizer, write_folder
 
 
@@ -81,7 +82,7 @@ def test_round_trips(demo: Tokenizer, text: str) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=("Cc", "Cn", "Co", "Cs")), max_size=60))  # the vocabulary lacks some bytes of the rest
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_round_trips_of_any_text(demo: Tokenizer, text: str) -> None:
     assert demo.decode(demo.encode(text), skip_special_tokens=False) == text
 

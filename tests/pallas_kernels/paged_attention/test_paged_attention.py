@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import logging
-import re
-import time
-from mmap import PAGESIZE
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax
@@ -17,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import RaggedBatch, paged_attention, pages, pool_shape, write_targets
-from pjax.pallas_kernels.kv_write import SlotTargets
+from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape
 from pjax.pallas_kernels.paged_attention import api, native
-from pjax.pallas_kernels.pages import new_pool, touching, use_large_pages
-from tests.pallas_kernels.suite import CASES, FEATURES, Feature, KernelSuite, Step, make_step
+from tests.pallas_kernels.paged_attention.suite import FEATURES, PADDED_CASES, Feature, KernelSuite, Step, make_step
 
 # These run fast: every case with every kind of shape, sizes that no accelerator's kernel has included.
 SHAPES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
@@ -32,23 +24,37 @@ SHAPES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
     ((2, 2, 16), 4, {"sliding_window": 33, "logit_softcap": 2.0}),
     ((14, 2, 128), 16, {"sliding_window": 33, "logit_softcap": 2.0}),
 ]
-ALL = FEATURES + [
-    Feature(case, heads, page_size, options=options) for case in CASES if case != "long" for heads, page_size, options in SHAPES
-]
+PADDED = [Feature(case, heads, page_size, options=options, is_padded=True) for heads, page_size, options in SHAPES for case in PADDED_CASES]
+ALL = FEATURES + PADDED
 LONG = [Feature("long", (2, 1, 64), 8), Feature("long", (2, 1, 64), 128, options={"sliding_window": 700})]
 
 
-class TestXla(KernelSuite):
+@pytest.mark.usefixtures("kept_programs")
+class SharingSuite(KernelSuite):
+    """Cases of the same kind and sizes are one program."""
+
+    programs: ClassVar[dict[tuple[Any, ...], Any]] = {}
+
+    def program(self, feature: Feature) -> Any:
+        key = (type(self), feature.heads, feature.page_size, feature.dtype, *feature.options.items())
+        if key not in self.programs:
+            self.programs[key] = super().program(feature)
+        return self.programs[key]
+
+
+class TestXla(SharingSuite):
     backend = "xla"
     features: ClassVar = ALL + LONG
 
 
-class TestReference(KernelSuite):
+class TestReference(SharingSuite):
     backend = "reference"
     features: ClassVar = ALL
+    everyday = tuple(map(str, FEATURES))
 
 
-class TestNative(KernelSuite):
+@pytest.mark.usefixtures("cpu_level")
+class TestNative(SharingSuite):
     backend = "native"
     write_backend = "native"
     features: ClassVar = [
@@ -100,99 +106,6 @@ def test_nan_shows(case: str, where: str, backend: str) -> None:
 @pytest.fixture(scope="module")
 def one() -> Step:
     return make_step(Feature("one", (4, 2, 16), 8))
-
-
-@pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("is_native", [False, True])
-def test_a_write_changes_only_the_named_slots(is_native: bool, dtype: str, pool_dtype: str) -> None:
-    assert native.native.library() is not None
-    pool = jnp.full(pool_shape(2, 3, 4, 2, 8), jnp.nan, pool_dtype)
-    keys, values = jnp.full((3, 2, 8), 1.5, dtype), jnp.arange(48, dtype=dtype).reshape(3, 2, 8)
-    targets = SlotTargets(jnp.array([5, 11, pool.shape[0] * 4], jnp.int32), is_native)  # the last one is padding
-    out = np.asarray(jax.jit(lambda *arrays: targets.write(*arrays, 3), donate_argnums=0)(pool, keys, values)).reshape(-1, 2, 2, 8)
-    assert (out[[17, 23], 0] == 1.5).all()
-    np.testing.assert_array_equal(out[[17, 23], 1], np.arange(32, dtype=np.float32).reshape(2, 2, 8))
-    assert np.isnan(np.delete(out, [17, 23], axis=0)).all()
-
-
-def test_a_native_write_rounds_as_numpy_does() -> None:
-    assert native.native.library() is not None
-    numbers = np.random.default_rng(0).normal(size=(1, 2, 512)).astype(np.float32)
-    numbers[0, 0, :6] = np.array([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x7F7FFFFF, 0x00000001, 0x7FC00000], np.uint32).view(np.float32)
-    pool, keys = jnp.zeros((1, 1, 2048), jnp.bfloat16), jnp.asarray(numbers)
-    out = jax.jit(lambda pool: SlotTargets(jnp.zeros(1, jnp.int32), is_native=True).write(pool, keys, keys, 0))(pool)
-    got, expected = np.asarray(out).reshape(2, 1024)[0], numbers.reshape(-1).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
-
-
-def test_a_pool_that_is_not_given_away_stays_as_it_is() -> None:
-    assert native.native.library() is not None
-    pool = jnp.zeros(pool_shape(1, 3, 4, 2, 8))
-    targets = SlotTargets(jnp.array([2], jnp.int32), is_native=True)
-    out = jax.jit(lambda pool, keys: targets.write(pool, keys, keys, 0))(pool, jnp.ones((1, 2, 8)))
-    assert float(out.sum()) == 32
-    assert float(pool.sum()) == 0
-
-
-def touched_pool() -> jax.Array:
-    """32 MiB, every second page written, and large pages asked for then."""
-    pool = jax.jit(lambda: new_pool((64, 16, 8192), jnp.float32))()
-    pool = jax.jit(lambda pool: pool.at[1::2].set(jnp.arange(8192.0)), donate_argnums=0)(pool)
-    use_large_pages(pool)
-    return pool
-
-
-def test_large_pages_keep_what_is_written() -> None:
-    np.testing.assert_array_equal(touched_pool()[1::2], np.broadcast_to(np.arange(8192, dtype=np.float32), (32, 16, 8192)))
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages to ask for")
-def test_large_pages_are_asked_for() -> None:
-    pool = touched_pool()
-    mapped = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL)
-    middle = pool.unsafe_buffer_pointer() + pool.nbytes // 2
-    (flags,) = [flags for start, end, flags in mapped if int(start, 16) <= middle < int(end, 16)]
-    assert "hg" in flags.split()
-
-
-def resident_share(pool: jax.Array) -> float:
-    """Of the system's pages that lie wholly in the pool, those that have memory."""
-    first = -(-pool.unsafe_buffer_pointer() // PAGESIZE) * PAGESIZE
-    found = (ctypes.c_ubyte * ((pool.unsafe_buffer_pointer() + pool.nbytes - first) // PAGESIZE))()
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(found) * PAGESIZE), found) == 0
-    return float(np.mean(np.asarray(found) & 1))
-
-
-def test_touching_takes_all_memory_and_keeps_what_is_written() -> None:
-    # 64 MiB, for which the C library always asks the system: no memory of an earlier array
-    pool = jax.jit(lambda: new_pool((64, 16, 16384), jnp.float32))()
-    pool = jax.jit(lambda pool: pool.at[3].set(7.0), donate_argnums=0)(pool)
-    assert resident_share(pool) < 0.5
-    with touching(pool):
-        pass
-    assert resident_share(pool) == 1
-    assert float(pool[3].min()) == float(pool[3].max()) == 7.0
-
-
-def test_an_exception_ends_touching(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def touch(first: int, size: int) -> None:
-        calls.append(size)
-        time.sleep(0.01)
-
-    monkeypatch.setattr(pages, "_library_of", lambda pool: SimpleNamespace(PjaxTouch=touch))
-    monkeypatch.setattr(pages, "TOUCHED_AT_ONCE", 4096)
-    pool = jnp.zeros((8, 16, 8192))
-    with pytest.raises(KeyboardInterrupt), touching(pool):
-        raise KeyboardInterrupt
-    assert len(calls) < pool.nbytes // 4096
-    calls.clear()
-    small = jnp.zeros((10, 1000))
-    with touching(small):
-        pass
-    assert calls == [4096] * 9 + [40000 - 9 * 4096]
 
 
 @pytest.mark.parametrize(
@@ -275,21 +188,6 @@ def test_the_fallback_says_why_once(one: Step, caplog: pytest.LogCaptureFixture)
     (record,) = [r for r in caplog.records if "goes through XLA" in r.message]
     assert "'native' takes pages of float32 or bfloat16 and head sizes 64" in record.message
     assert record.levelno == logging.INFO
-
-
-@pytest.mark.parametrize("backend", ["xla", "tpu", "native"])
-def test_bad_writes_are_named(one: Step, backend: str) -> None:
-    keys = jnp.ones((1, 2, 16))
-    targets = write_targets(one.batch, one.pool, 1, backend=backend)
-    for wrong in (keys.reshape(1, 32), keys.reshape(1, 16, 2)[:, :8], jnp.ones((2, 2, 16)), keys.astype(jnp.int32)):
-        with pytest.raises(ValueError, match=r"(keys|values) is .*, but must be floating \[T, K, H\]|but must be \[P, G, 2·K·H\]"):
-            targets.write(one.pool, wrong, wrong, 0)
-    with pytest.raises(ValueError, match="backend of the KV write is 'gpu'"):
-        write_targets(one.batch, one.pool, 1, backend="gpu")
-    with pytest.raises(NotImplementedError, match="takes pages of a multiple of 8 tokens, but they have 12; 'xla' takes any"):
-        write_targets(one.batch, jnp.zeros((4, 12, 64)), 1, backend="tpu")
-    with pytest.raises(NotImplementedError, match="takes pages of float32 or bfloat16, but they are float16; 'xla' takes any"):
-        write_targets(one.batch, one.pool.astype(jnp.float16), 1, backend="native")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pjax.errors import ConfigError
 from pjax.ray_serve import NAME, RayConfig, read
 from tests.test_house import loaded_after
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MANIFESTS = sorted((ROOT / "deploy").glob("kuberay-*.yaml"))
 
 

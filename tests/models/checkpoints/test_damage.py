@@ -21,9 +21,10 @@ from pjax import CheckpointError, UnsupportedError
 from pjax.convert import convert
 from pjax.models import open_model
 from pjax.models.checkpoints import open_checkpoint
+from tests.budget import examples
 from tests.tiny import write_model
 
-ANY = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite
@@ -104,7 +105,7 @@ def test_gguf(tmp_path: Path, small_gguf: bytes, damage: tuple[float, list[tuple
     assert not message or "a.gguf" in message or "llama" in message
 
 
-@settings(ANY, max_examples=60)
+@settings(ANY, max_examples=examples(40))
 @given(damage=damages())
 @pytest.mark.parametrize("name", ["pjax_parameters.json", "config.json", "params-00001-of-00001"])
 def test_orbax(tmp_path: Path, made: Path, name: str, damage: tuple[float, list[tuple[float, int]]]) -> None:

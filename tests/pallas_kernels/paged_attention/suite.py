@@ -29,6 +29,13 @@ CASES = {
     "long": ([(1, 5000), (600, 3000)], 640, 2),
     "narrow": ([(1, 9), (3, 20)], 8, 8),
 }
+PADDED_TOKENS, PADDED_ROWS = 160, 12
+PADDED_LENGTH = 300  # of a sequence: the reference reads a table's whole width for every token
+PADDED_CASES = {
+    name: rows
+    for name, (rows, num_tokens, num_rows) in CASES.items()
+    if num_tokens <= PADDED_TOKENS and num_rows <= PADDED_ROWS and all(kv_len <= PADDED_LENGTH for _, kv_len in rows)
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,13 @@ class Feature:
     page_size: int
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
+    is_padded: bool = False
+    """Whether packed tokens, rows, pages and tables are as many as the largest such case has, so that cases share one program."""
 
     def __str__(self) -> str:
         options = [f"{name}={value}" for name, value in self.options.items()]
-        return "-".join([self.case, "N{}_K{}_H{}".format(*self.heads), f"G{self.page_size}", self.dtype, *options])
+        padded = ["padded"] if self.is_padded else []
+        return "-".join([*padded, self.case, "N{}_K{}_H{}".format(*self.heads), f"G{self.page_size}", self.dtype, *options])
 
 
 FEATURES = [
@@ -86,9 +96,13 @@ def make_step(feature: Feature, *, seed: int = 0) -> Step:
     num_heads, num_kv_heads, head_size = feature.heads
     page_size, dtype = feature.page_size, jnp.dtype(feature.dtype)
     rng = np.random.default_rng(seed)
-    num_pages = sum(-(-kv // page_size) for _, kv in rows) + 3
+    is_decode = feature.case == "decode"
+    if feature.is_padded:
+        num_tokens, num_rows = (PADDED_ROWS if is_decode else PADDED_TOKENS), PADDED_ROWS
+    sized = list(PADDED_CASES.values()) if feature.is_padded else [rows]
+    num_pages = max(sum(-(-kv // page_size) for _, kv in some) for some in sized) + 3
     order = rng.permutation(num_pages - 2) + 1
-    longest = max((kv_len for _, kv_len in rows), default=0)
+    longest = max((kv_len for some in sized for _, kv_len in some), default=0)
     tables = np.zeros((num_rows, max(longest, 300) // page_size + 2), np.int32)
     row_starts, kv_lens = np.zeros(num_rows + 1, np.int32), np.zeros(num_rows, np.int32)
     width = num_kv_heads * head_size
@@ -110,7 +124,7 @@ def make_step(feature: Feature, *, seed: int = 0) -> Step:
     row_starts[len(rows) + 1 :] = row_starts[len(rows)]
     num_decode = next((i for i, (count, _) in enumerate(rows) if count != 1), len(rows))
     arrays = (jnp.asarray(a) for a in (row_starts, kv_lens, tables, np.int32(num_decode)))
-    batch = RaggedBatch(*arrays, decode_only=feature.case == "decode")
+    batch = RaggedBatch(*arrays, decode_only=is_decode)
     shape = pool_shape(1, num_pages, page_size, num_kv_heads, head_size)
     return Step(
         q=jnp.asarray(q), keys=jnp.asarray(own[:, 0]), values=jnp.asarray(own[:, 1]), batch=batch, expected=expected,
@@ -155,19 +169,31 @@ class KernelSuite:
         """Traced under jit, with the pool donated."""
         return write_targets(batch, pool, keys.shape[0], backend=self.write_backend).write(pool, keys, values, 0)
 
+    everyday: ClassVar[Sequence[str] | None] = None
+    """Of the features, those that `make test` tries, by the beginnings of their names; None: all. `make test-all` tries every one."""
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "feature" in metafunc.fixturenames:
-            metafunc.parametrize("feature", [f for f in self.features if self.takes(f)], ids=str)
+            taken, everyday = [feature for feature in self.features if self.takes(feature)], self.everyday
+            unknown = [name for name in everyday or () if not any(str(feature).startswith(name) for feature in taken)]
+            assert not unknown, f"{type(self).__name__} has no features {unknown}"
+            rare = [everyday is not None and not str(feature).startswith(tuple(everyday)) for feature in taken]
+            marks = [pytest.mark.extended if is_rare else () for is_rare in rare]
+            metafunc.parametrize("feature", [pytest.param(f, id=str(f), marks=mark) for f, mark in zip(taken, marks, strict=True)])
 
-    def run(self, feature: Feature) -> None:
-        """A step, its write included, against what is expected; the pool is donated."""
-        step = make_step(feature)
+    def program(self, feature: Feature) -> Any:
+        """A step, jitted: (pool, which is donated, q, keys, values, batch) -> (out, pool)."""
 
         def run(pool: jax.Array, q: jax.Array, keys: jax.Array, values: jax.Array, batch: RaggedBatch) -> tuple[jax.Array, jax.Array]:
             pool = self.write(pool, keys, values, batch)
             return self.attend(q, pool, batch, num_kv_heads=feature.heads[1], **feature.options), pool
 
-        out, pool = jax.jit(run, donate_argnums=0)(step.pool, step.q, step.keys, step.values, step.batch)
+        return jax.jit(run, donate_argnums=0)
+
+    def run(self, feature: Feature) -> None:
+        """A step, its write included, against what is expected; the pool is donated."""
+        step = make_step(feature)
+        out, pool = self.program(feature)(step.pool, step.q, step.keys, step.values, step.batch)
         assert out.dtype == step.q.dtype
         got = np.asarray(out, np.float64)
         if feature.dtype == "float32":

@@ -22,7 +22,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from pjax.pallas_kernels import RaggedBatch
 from pjax.pallas_kernels.paged_attention import mosaic_gpu
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
-from tests.pallas_kernels.suite import FEATURES, Feature, KernelSuite, make_step
+from tests.pallas_kernels.paged_attention.suite import FEATURES, Feature, KernelSuite, make_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -50,6 +50,7 @@ class TestMosaicGpu(KernelSuite):
     decode: ClassVar[mosaic_gpu.Sizes] = mosaic_gpu.Sizes(programs=1)
     prefill: ClassVar[mosaic_gpu.Sizes] = mosaic_gpu.Sizes(programs=1, warpgroups=2)
     settings: ClassVar[dict[str, Any]] = {}
+    everyday = ("decode-N4_K1_H128-G128", "chunk", "padding")
     features: ClassVar = [feature for feature in FEATURES if feature.dtype != "float32" and feature.heads[1] < 4] + [
         Feature("narrow", (4, 2, 112), 32, "float16", {"scale": 0.2}),
         Feature("padding", (4, 1, 64), 16, "bfloat16"),
@@ -76,6 +77,7 @@ class TestManySplits(TestMosaicGpu):
         Feature("decode", (2, 1, 64), 16, "bfloat16", {"sliding_window": 70}),
         Feature("narrow", (1, 1, 80), 64, "float16", {"logit_softcap": 2.0}),
     ]
+    everyday = ("one",)
 
 
 class TestManyHeads(TestMosaicGpu):
@@ -83,6 +85,7 @@ class TestManyHeads(TestMosaicGpu):
 
     decode = prefill = mosaic_gpu.Sizes(block=128, programs=1)
     features: ClassVar = [Feature("one", (71, 1, 64), 16, "bfloat16"), Feature("narrow", (80, 1, 128), 64, "bfloat16")]
+    everyday = ("one",)
 
 
 class TestRaces(TestMosaicGpu):
@@ -95,6 +98,7 @@ class TestRaces(TestMosaicGpu):
         Feature("narrow", (2, 1, 80), 16, "bfloat16"),
         Feature("decode", (1, 1, 64), 64, "bfloat16"),
     ]
+    everyday = ("decode",)
 
     def run(self, feature: Feature) -> None:
         super().run(feature)

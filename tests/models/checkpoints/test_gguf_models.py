@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType as Type
 from pjax import CheckpointError, UnsupportedError
 from pjax.convert import convert
 from pjax.models import load, open_model, to_hf_state
-from tests.models import gguf_files, hf
+from tests.models import hf
+from tests.models.checkpoints import gguf_files
 from tests.models.test_families import logits_of
 
 WIDE: dict[str, Any] = {"intermediate_size": 64}

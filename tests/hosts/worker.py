@@ -1,6 +1,6 @@
 """One host of several, or one by itself: makes an engine and does what it is told.
 
-    python -m tests.multi_host.worker WHAT FOLDER OPTIONS
+    python -m tests.hosts.worker WHAT FOLDER OPTIONS
 
 On ranks other than 0 `LLM` does not return; that is what is tested.
 """

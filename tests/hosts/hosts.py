@@ -121,6 +121,6 @@ def worker(
 
     def command(rank: int) -> list[str]:
         own = options | {"node_rank": rank} | dict((each or {}).get(rank, {}))
-        return ["-m", "tests.multi_host.worker", what, str(model), json.dumps(own)]
+        return ["-m", "tests.hosts.worker", what, str(model), json.dumps(own)]
 
     return Hosts(command, size, folder, devices)

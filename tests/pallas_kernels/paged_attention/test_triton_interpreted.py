@@ -9,12 +9,13 @@ import jax
 from pjax.pallas_kernels import RaggedBatch
 from pjax.pallas_kernels.paged_attention import triton
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
-from tests.pallas_kernels.suite import Feature, KernelSuite
+from tests.pallas_kernels.paged_attention.suite import Feature, KernelSuite
 
 
 class TestTriton(KernelSuite):
     backend = "triton"
     sizes: ClassVar[dict[str, triton.Sizes]] = {}
+    everyday = ("decode-N9_K3_H64", "mixed-N4_K2_H80", "padding", "chunk-N2_K2_H96")
 
     def attend(self, q: jax.Array, pool: jax.Array, batch: RaggedBatch, **options: Any) -> jax.Array:
         kept = AttentionOptions(**{"scale": q.shape[-1] ** -0.5} | options)
@@ -34,3 +35,4 @@ class TestManySplits(TestTriton):
         Feature("mixed", (4, 2, 80), 8, options={"sliding_window": 33, "logit_softcap": 2.0}),
         Feature("chunk", (4, 2, 64), 64, "bfloat16"),
     ]
+    everyday = ("decode", "chunk")

@@ -16,8 +16,8 @@ import httpx2
 import numpy as np
 import pytest
 
-from tests.multi_host.conftest import SIZES
-from tests.multi_host.hosts import OPTIONS, ROOT, Hosts, free_port, worker
+from tests.hosts.conftest import SIZES
+from tests.hosts.hosts import OPTIONS, ROOT, Hosts, free_port, worker
 from tests.tiny import write_model
 
 LIMIT = 10.0  # seconds in which all hosts end when one is lost
@@ -46,6 +46,7 @@ def crowd_of(hosts: Hosts) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.extended
 def test_two_processes_give_the_tokens_of_one(folder: Path, options: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     with worker("crowd", folder, 2, tmp_path, **options) as hosts:
         found = crowd_of(hosts)
@@ -70,6 +71,7 @@ def check_sigterm(hosts: Hosts, told: int) -> None:
     assert "Traceback" not in hosts.err(1) and "rank 1 ends with rank 0" in hosts.err(1)
 
 
+@pytest.mark.extended
 def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
     port = free_port()
     for lost in (1, 0):  # the second time at the same port, at once
@@ -78,6 +80,7 @@ def test_a_killed_host_ends_the_other_and_a_restart_works(folder: Path, small: d
             check_loss(hosts, lost, hosts.signal(lost, signal.SIGKILL), "is lost: its connection broke")
 
 
+@pytest.mark.extended
 def test_sigterm_of_a_follower_ends_all_in_order(folder: Path, small: dict[str, Any], tmp_path: Path) -> None:
     """Rank 0's is tested with the server, below, and in check_more.py."""
     with worker("load", folder, 2, tmp_path, **small) as hosts:
@@ -96,10 +99,20 @@ def test_a_step_that_fails_on_one_host_ends_all(folder: Path, small: dict[str, A
     ("changes", "other", "messages"),
     [
         ({"max_num_seqs": 4}, {"max_num_seqs": 3}, ["rank 1 has max_num_seqs 3, rank 0 has 4"]),
-        ({"nnodes": 3}, {"nnodes": 2}, ["rank 1 at", "has nnodes 2, rank 0 has 3"]),
         ({"nnodes": 3, "start_timeout": 2}, {"start_timeout": 20}, ["nnodes is 3, but rank 2 has not come to 127.0.0.1:", "in 2 seconds"]),
-        ({"tensor_parallel_size": 6}, {}, ["tensor_parallel_size is 6, but 2 hosts have 2 devices, 1 each (cpu)"]),
-        ({"tensor_parallel_size": 3}, {}, ["tensor_parallel_size is 3, but must be a multiple of nnodes, 2"]),
+        pytest.param({"nnodes": 3}, {"nnodes": 2}, ["rank 1 at", "has nnodes 2, rank 0 has 3"], marks=pytest.mark.extended),
+        pytest.param(
+            {"tensor_parallel_size": 6},
+            {},
+            ["tensor_parallel_size is 6, but 2 hosts have 2 devices, 1 each (cpu)"],
+            marks=pytest.mark.extended,
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 3},
+            {},
+            ["tensor_parallel_size is 3, but must be a multiple of nnodes, 2"],
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 def test_what_is_wrong_is_told_by_every_host(
@@ -112,7 +125,7 @@ def test_what_is_wrong_is_told_by_every_host(
             assert all(message in hosts.err(rank) for message in messages), hosts.err(rank)
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "sources", "devices"])
+@pytest.mark.parametrize("what", ["checkpoint", *(pytest.param(what, marks=pytest.mark.extended) for what in ("sources", "devices"))])
 def test_hosts_that_are_not_alike_are_refused(folder: Path, tmp_path: Path, what: str) -> None:
     models, trees, devices = [folder, folder], [ROOT, ROOT], [1, 1]
     if what == "checkpoint":
@@ -141,6 +154,7 @@ def test_hosts_that_are_not_alike_are_refused(folder: Path, tmp_path: Path, what
             assert expected[what] in hosts.err(rank)
 
 
+@pytest.mark.extended
 def test_a_server_over_two_hosts(options: dict[str, Any], tmp_path: Path) -> None:
     """Rank 0 answers; the other has no port of its own; SIGTERM ends both in order."""
     model = write_model(tmp_path / "model", num_hidden_layers=1)

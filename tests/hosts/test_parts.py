@@ -28,7 +28,7 @@ from pjax.runner.batch import find_bucket, make_buckets, pack
 from pjax.runner.mirror import Mirror, NewRow
 from pjax.runner.sampling_arrays import SamplingTable
 from pjax.scheduler import Scheduler
-from tests.multi_host.hosts import free_port
+from tests.hosts.hosts import free_port
 from tests.scheduler.test_scheduler import make_request
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pjax import LLM
-from tests.multi_host.hosts import OPTIONS
-from tests.multi_host.worker import crowd
+from tests.hosts.hosts import OPTIONS
+from tests.hosts.worker import crowd
 from tests.tiny import write_model
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.checkpoints import open_checkpoint
 from pjax.models.checkpoints.base import Checkpoint
+from tests.budget import examples
 
 NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 
@@ -66,7 +67,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return found
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=state_dicts(), protocol=st.sampled_from([2, 3, 4, 5]), ordered=st.booleans())
 def test_any_state_dict(tmp_path: Path, state: dict[str, torch.Tensor], protocol: int, ordered: bool) -> None:
     write_folder(tmp_path, OrderedDict(state) if ordered else state, pickle_protocol=protocol)
@@ -275,7 +276,7 @@ def test_old_format(tmp_path: Path) -> None:
 DAMAGED = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.arange(5).half(), "t": torch.arange(12.0).reshape(3, 4).t()}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_an_error_or_changes_numbers_only(tmp_path: Path, data: st.DataObject) -> None:
     path = write_folder(tmp_path, DAMAGED) / "pytorch_model.bin"

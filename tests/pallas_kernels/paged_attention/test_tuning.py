@@ -71,7 +71,7 @@ def test_an_unknown_size_is_named(folder: Path) -> None:
 @pytest.mark.timeout(120)
 def test_the_script_times_and_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, where the figures mean nothing: the fastest of them is what is written, and is used from then on."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "scripts")
     script = importlib.import_module("tune_kernels")
     monkeypatch.setattr(tpu, "CANDIDATES", {"decode": {"block": (32, 16)}})
     blocks = iter([3.0, 1.0, 2.0])  # the default, then the candidates

@@ -15,8 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.multi_host.hosts import Hosts, free_port, worker
-from tests.multi_host.test_processes import LIMIT, check_loss, check_sigterm, crowd_of, same
+from tests.hosts.hosts import Hosts, free_port, worker
+from tests.hosts.test_processes import LIMIT, check_loss, check_sigterm, crowd_of, same
 from tests.server.common import wait_for
 from tests.tiny import write_model
 

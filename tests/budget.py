@@ -1,0 +1,12 @@
+"""How long tests with random inputs look: `make test-all` sets PJAX_TESTS=all, and they look ten times as long."""
+
+from __future__ import annotations
+
+import os
+
+IS_THOROUGH = os.environ.get("PJAX_TESTS") == "all"
+
+
+def examples(usual: int) -> int:
+    """Of a property that `usual` examples a run check well enough, the number for this run."""
+    return usual * 10 if IS_THOROUGH else usual
