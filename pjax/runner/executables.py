@@ -29,6 +29,7 @@ from pjax.pallas_kernels import native
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 30  # of all files; those used longest ago go
+DIGEST_BYTES = 32
 SAVES_PER_LOOK = 16  # the folder is looked through after so many new files
 STEP_PARTS = ("config.py", "machine.py", "models", "pallas_kernels", "params", "runner")
 """The parts of pjax whose code is traced, or decides what is: what a step imports beside them knows nothing of JAX."""
@@ -44,9 +45,9 @@ def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
 class Executables:
     """Compiled steps, each in a file whose name has the hash of all that it follows from: `facts`, pjax's code, the machine.
 
-    Code counts by its content, wherever it lies and whenever it was written. All files together take MAX_BYTES at most. A file that is
-    damaged or of another version is compiled anew. Files are pickles, as JAX's own loader takes them: their folder must be as trusted
-    as JAX's cache, which holds machine code too.
+    Code counts by its content, wherever it lies and whenever it was written. All files together take MAX_BYTES at most. A file begins
+    with the SHA-256 of its content, and one that is damaged is compiled again. A folder that is read only is used as it is. Files are
+    pickles, as JAX's own loader takes them: their folder must be as trusted as JAX's cache, which holds machine code too.
     """
 
     def __init__(self, folder: Path | None, *facts: object) -> None:
@@ -60,30 +61,49 @@ class Executables:
             return compile_it()
         native.library()  # whose kernels steps call: they load only where these are registered
         path = self._folder / f"{name}-{hashlib.sha256(self._facts.encode()).hexdigest()[:32]}"
-        try:
-            loaded = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
-            os.utime(path)
-            return loaded
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # whatever is wrong with it, it can be made again
-            log.debug("%s: %s", path, error)
-        compiled = compile_it()
-        self._save(path, compiled)
-        return compiled
+        loaded = _load(path)
+        if loaded is None:
+            loaded = compile_it()
+            self._save(path, loaded)
+        return loaded
 
     def _save(self, path: Path, compiled: Any) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+            content = pickle.dumps(serialize_executable.serialize(compiled))
+            part.write_bytes(hashlib.sha256(content).digest() + content)
             part.replace(path)
             if self._num_saved % SAVES_PER_LOOK == 0:
                 _drop_oldest(path.parent)
             self._num_saved += 1
-        except Exception as error:  # a full disk, say: the step itself is there
+        except Exception as error:  # a full disk or a folder that is read only, say: the step itself is there
             log.debug("%s: %s", path, error)
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Any:
+    """The step in a file; None when there is no such file, or something is wrong with it: it can be compiled again."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("a compiled step cannot be read, and is compiled again: %s: %s", path, error)
+        return None
+    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:  # machine code that is damaged may do anything
+        log.warning("a compiled step is damaged, and is compiled again: the content of %s does not have its SHA-256", path)
+        return None
+    try:
+        loaded = serialize_executable.deserialize_and_load(*pickle.loads(content))
+    except Exception as error:
+        log.warning("a compiled step does not load, and is compiled again: %s: %s", path, error)
+        return None
+    with contextlib.suppress(OSError):  # of a folder that is read only
+        os.utime(path)
+    return loaded
 
 
 def _drop_oldest(folder: Path) -> None:

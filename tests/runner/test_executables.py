@@ -101,12 +101,38 @@ def test_the_pool_of_a_step_from_disk_is_updated_in_place(model: Path, cache: Pa
     assert before.is_deleted() and llm.engine.runner._pages.unsafe_buffer_pointer()
 
 
-def test_a_damaged_file_is_compiled_anew(model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_is_compiled_anew(
+    model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for number, file in enumerate(files(cache)):
-        file.write_bytes(b"" if number == 0 else file.read_bytes()[:100])
-    assert tokens(model, cache) == first
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1  # one bit, anywhere: the machine code would still be loaded, and executed
+        file.write_bytes([b"", content[:100], content][number % 3])
+    loaded: list[object] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(executables.serialize_executable, "deserialize_and_load", lambda *step: loaded.append(step))
+        assert tokens(model, cache) == first
+    assert not loaded, "a damaged step was executed"
+    damaged = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert len(damaged) == len(files(cache)) and all(str(cache) in message for message in damaged)
     no_compiling(monkeypatch)
     assert tokens(model, cache) == first
+
+
+def test_a_folder_that_is_read_only_is_used_as_it_is(model: Path, cache: Path, first: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read only")
+
+    before = {file: file.read_bytes() for file in files(cache)}
+    with monkeypatch.context() as patched:
+        patched.setattr(executables.os, "utime", refuse)
+        for name in ("write_bytes", "replace", "unlink", "mkdir"):
+            patched.setattr(executables.Path, name, refuse)
+        with patched.context() as nothing_compiled:
+            no_compiling(nothing_compiled)
+            assert tokens(model, cache) == first
+        assert tokens(model, cache, page_size=8) == first, "what is missing is compiled, and not kept"
+    assert {file: file.read_bytes() for file in files(cache)} == before
 
 
 @pytest.mark.parametrize(
