@@ -43,12 +43,14 @@ class Part:
 PARTS = {
     "scheduler": Part(
         ("scheduler/scheduler.py", "scheduler/queues.py", "scheduler/lifecycle.py", "scheduler/table.py", "scheduler/request.py"),
-        ("tests/scheduler",),
+        ("tests/scheduler/test_scheduler.py", "tests/scheduler/test_priorities.py", "tests/scheduler"),
     ),
     "beams": Part(("scheduler/beam.py",), ("tests/scheduler", "tests/engine/test_beam_search.py")),
-    "page pool": Part(("scheduler/page_pool.py", "scheduler/kv_manager.py"), ("tests/scheduler",)),
-    "prefix keys": Part(("scheduler/prefix.py",), ("tests/scheduler", "tests/engine/test_sharing.py")),
-    "swap": Part(("scheduler/swap.py", "runner/swap.py"), ("tests/scheduler", "tests/runner/test_swap.py")),
+    "page pool": Part(("scheduler/page_pool.py", "scheduler/kv_manager.py"), ("tests/scheduler/test_page_pool.py", "tests/scheduler")),
+    "prefix keys": Part(
+        ("scheduler/prefix.py",), ("tests/scheduler/test_prefix_caching.py", "tests/scheduler", "tests/engine/test_sharing.py")
+    ),
+    "swap": Part(("scheduler/swap.py", "runner/swap.py"), ("tests/scheduler/test_swap.py", "tests/runner/test_swap.py", "tests/scheduler")),
     "sampler": Part(
         ("runner/sampler.py", "runner/filters.py", "runner/sampling_arrays.py"),
         ("tests/runner/test_sampler.py", "tests/runner/test_batch.py", "tests/engine/test_sampling.py"),
@@ -301,18 +303,20 @@ def main() -> int:
     tests_of = {part: [name for name in PARTS[part].tests if (args.tests.parent / name).exists()] for part in PARTS}
     with tempfile.TemporaryDirectory() as folder:
         copies = Copies(Path(folder), args.tests.resolve(), tests_of)
-        for part in tqdm(sorted({mutant.part for mutant in mutants}), desc="Tests as they are"):
-            outcome, seconds = copies.test(part)  # what is compiled is kept
-            if outcome != "survived":
-                print(f"the tests of {part} fail without any change: {outcome}", file=sys.stderr)
-                return 2
-            copies.limits[part] = 120 + 5 * seconds
 
         def run(mutant: Mutant) -> Mutant:
             mutant.outcome, mutant.seconds = copies.test(mutant.part, mutant.source, mutant.text)
             return mutant
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(mutants), desc="Mutants") as bar:
+            whole = {part: pool.submit(copies.test, part) for part in sorted({mutant.part for mutant in mutants})}
+            for part, future in tqdm(whole.items(), desc="Tests as they are", leave=False):
+                outcome, seconds = future.result()
+                if outcome != "survived":
+                    pool.shutdown(cancel_futures=True)
+                    print(f"the tests of {part} fail without any change: {outcome}", file=sys.stderr)
+                    return 2
+                copies.limits[part] = 120 + 5 * seconds
             for mutant in concurrent.futures.as_completed([pool.submit(run, mutant) for mutant in mutants]):
                 bar.update()
                 if mutant.result().outcome == "survived":
