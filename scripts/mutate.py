@@ -1,6 +1,6 @@
 """Breaks one thing at a time in the parts that matter most, and tells which breakages their tests do not notice.
 
-    python scripts/mutate.py                              # 100 mutants of all parts, about half an hour on two cores
+    python scripts/mutate.py                              # 100 mutants of all parts, an hour on two cores
     python scripts/mutate.py --seed 3 --count 20 --part scheduler --part swap
     python scripts/mutate.py --show 17                    # a mutant's change, without running it
 
@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
+import contextlib
 import difflib
 import json
 import os
+import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +101,7 @@ Change = Callable[[], None]
 
 
 def changes_of(node: ast.AST) -> Iterator[Change]:
-    """The ways to break one node, in place. They draw nothing: the same tree gives the same ones."""
+    """Yields the ways to break one node, in place; the same tree gives the same ones in the same order."""
 
     def put(field: str, value: object) -> Change:
         return lambda: setattr(node, field, value)
@@ -124,7 +128,7 @@ def changes_of(node: ast.AST) -> Iterator[Change]:
 
 
 def statement_changes(body: list[ast.stmt]) -> Iterator[Change]:
-    """The ways to leave a statement of a block out."""
+    """Yields the ways to leave a statement of a block out."""
     for index, statement in enumerate(body):
         match statement:
             case ast.Expr(value=ast.Call(func=func)) if not (_root(func) & SILENT):
@@ -163,8 +167,10 @@ def code_in(tree: ast.Module) -> Iterator[ast.AST]:
     def functions(node: ast.AST) -> Iterator[ast.AST]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.Module(child.body, [])  # the same list: a statement of it can be left out
                 for statement in child.body:
-                    yield from below(statement)
+                    if not (isinstance(statement, ast.Expr) and _says_something(statement)):
+                        yield from below(statement)
             elif isinstance(child, ast.ClassDef | ast.If):
                 yield from functions(child)
 
@@ -176,7 +182,7 @@ def _says_something(node: ast.Expr) -> bool:
 
 
 def changes_in(tree: ast.Module) -> list[tuple[int, Change]]:
-    """Line and change of every way to break a module; a tree stands one of them."""
+    """Line and change of every way to break a module. Make one change, then parse the source anew."""
     found: list[tuple[int, Change]] = []
     for node in code_in(tree):
         line = getattr(node, "lineno", 0)
@@ -234,15 +240,20 @@ def parse(source: str) -> ast.Module:
 class Copies:
     """Copies of the checkout, in each of which one mutant at a time is tried."""
 
-    def __init__(self, folder: Path, tests: Path, tests_of: dict[str, list[str]]) -> None:
+    def __init__(self, folder: Path, tests: Path, tests_of: dict[str, list[str]], count: int) -> None:
         self._folder, self._tests, self._tests_of = folder, tests, tests_of
-        self._free: list[Path] = []
+        self._free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._is_closed = False
         self.limits: dict[str, float] = {}
+        for number in range(count):
+            self._free.put(self._make(folder / str(number)))
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pjax-tests"
+        self._cache = folder / "pjax-tests"  # mutants compile steps of their own, which are not to be kept
+        if kept.exists():
+            shutil.copytree(kept, self._cache)
 
-    def _take(self) -> Path:
-        if self._free:
-            return self._free.pop()
-        copy = Path(tempfile.mkdtemp(dir=self._folder))
+    def _make(self, copy: Path) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", ".*cache*", "build")
         for name in ("pjax", "scripts", "benchmarks", "examples", "docs", "deploy", "docker"):
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
@@ -255,30 +266,47 @@ class Copies:
 
     def test(self, part: str, source: str = "", text: str = "") -> tuple[str, float]:
         """What became of a part's tests with that source replaced, and the seconds that it took."""
-        copy = self._take()
+        copy = self._free.get()
         target = copy / "pjax" / source
         before = target.read_text(encoding="utf-8") if source else ""
         if source:
             target.write_text(text, encoding="utf-8")
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(self._cache)}
         options = "-x -q -p no:cacheprovider -p no:xdist -o addopts=--import-mode=importlib".split()
         command = [sys.executable, "-m", "pytest", *options, "-m", "not extended", *self._tests_of[part]]
         started, limit = time.monotonic(), self.limits.get(part, 1800)
-        process = subprocess.Popen(
-            command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
-        )
-        try:
-            printed, _ = process.communicate(timeout=limit)
-            failed = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            outcome = "survived" if process.returncode == 0 else f"killed: {failed[0] if failed else printed.strip()[-200:]}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
-            outcome = f"killed: over {limit:.0f} s"
+        with (copy / "printed.txt").open("w+b") as file:
+            process = subprocess.Popen(command, cwd=copy, env=environment, stdout=file, stderr=file, start_new_session=True)
+            self._running.add(process)
+            try:
+                if self._is_closed:
+                    raise KeyboardInterrupt
+                status = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:  # servers that a failing test has left, too
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                self._running.discard(process)
+            file.seek(0)
+            printed = file.read().decode(errors="replace")
         if source:
             target.write_text(before, encoding="utf-8")
-        self._free.append(copy)
-        return outcome, time.monotonic() - started
+        shutil.rmtree(copy / ".hypothesis", ignore_errors=True)  # examples that failed for one mutant say nothing of the next
+        self._free.put(copy)
+        failed = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise RuntimeError(f"pytest could not run the tests of {part}: {printed[-2000:]}")
+        why = f"over {limit:.0f} s" if status is None else failed[0] if failed else printed.strip()[-200:]
+        return ("survived" if status == 0 else f"killed: {why}"), time.monotonic() - started
+
+    def close(self) -> None:
+        """Ends what runs."""
+        self._is_closed = True
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:
@@ -301,8 +329,10 @@ def main() -> int:
     if args.number:
         mutants = [mutant for mutant in mutants if mutant.number in args.number]
     tests_of = {part: [name for name in PARTS[part].tests if (args.tests.parent / name).exists()] for part in PARTS}
+    if missing := [part for part in {mutant.part for mutant in mutants} if not tests_of[part]]:
+        parser.error(f"{args.tests} has no tests of {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
-        copies = Copies(Path(folder), args.tests.resolve(), tests_of)
+        copies = Copies(Path(folder), args.tests.resolve(), tests_of, args.jobs)
 
         def run(mutant: Mutant) -> Mutant:
             mutant.outcome, mutant.seconds = copies.test(mutant.part, mutant.source, mutant.text)
@@ -317,10 +347,16 @@ def main() -> int:
                     print(f"the tests of {part} fail without any change: {outcome}", file=sys.stderr)
                     return 2
                 copies.limits[part] = 120 + 5 * seconds
-            for mutant in concurrent.futures.as_completed([pool.submit(run, mutant) for mutant in mutants]):
-                bar.update()
-                if mutant.result().outcome == "survived":
-                    bar.write(f"mutant {mutant.result().number} survived ({mutant.result().part}):\n{mutant.result().difference}\n")
+            try:
+                for future in concurrent.futures.as_completed([pool.submit(run, mutant) for mutant in mutants]):
+                    bar.update()
+                    mutant = future.result()
+                    if mutant.outcome == "survived":
+                        bar.write(f"mutant {mutant.number} survived ({mutant.part}):\n{mutant.difference}\n")
+            except BaseException:  # Ctrl-C: what runs is ended, and no more begins
+                pool.shutdown(wait=False, cancel_futures=True)
+                copies.close()
+                raise
     survived = [mutant for mutant in mutants if mutant.outcome == "survived"]
     if args.out:
         args.out.write_text(json.dumps([{k: v for k, v in vars(mutant).items() if k != "text"} for mutant in mutants], indent=1))

@@ -8,5 +8,5 @@ IS_THOROUGH = os.environ.get("PJAX_TESTS") == "all"
 
 
 def examples(usual: int) -> int:
-    """Of a property that `usual` examples a run check well enough, the number for this run."""
+    """Returns the number of examples for this run, where `usual` are enough for `make test`."""
     return usual * 10 if IS_THOROUGH else usual

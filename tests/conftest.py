@@ -1,5 +1,7 @@
 """Settings that every test shares; they are made before anything imports jax."""
 
+# ruff: noqa: E402 (JAX reads the environment when it is imported)
+
 from __future__ import annotations
 
 import hashlib
@@ -13,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the same tests on a GPU
-# Torch's threads, without importing it here: a worker's share of the cores.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch's threads, without importing it here: a worker's share of the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What is compiled is kept for the next run, in any clone: the keys are of contents. `make clean-test-cache` removes it.
-os.environ["XDG_CACHE_HOME"] = CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pjax-tests")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+if CACHE.name != "pjax-tests":  # workers, and programs that tests start, have the variable already
+    CACHE /= "pjax-tests"
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from pjax.pallas_kernels import native
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -46,20 +53,33 @@ def set_jax_cache(folder: str | None) -> None:
     compilation_cache.reset_cache()  # else it goes on in the folder that it began with
 
 
-@pytest.fixture(autouse=True)
-def jax_cache_is_as_before() -> Iterator[None]:
-    """An engine that cannot keep whole steps turns JAX's cache on for its process, and engines after it would keep none."""
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    yield
-    if jax.config.jax_compilation_cache_dir != before:  # type: ignore[attr-defined]
-        set_jax_cache(before)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Turns JAX's cache off, before any fixture: an engine that cannot keep whole steps turns it on for its process."""
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        set_jax_cache(None)
 
 
 @pytest.fixture
-def kept_programs(jax_cache_is_as_before: None) -> None:
-    """For tests that compile programs of their own: JAX's cache keeps them, by what they were lowered to."""
+def kept_programs() -> None:
+    """Keeps the programs that a test compiles by itself, in JAX's cache, by what they were lowered to."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    set_jax_cache(str(Path(CACHE) / "jax" / _processor()))
+    set_jax_cache(str(CACHE / "jax" / _processor()))
+
+
+def _cpu_levels() -> list[str]:
+    """The levels of instruction sets that this machine has, or PJAX_CPU_LEVEL leaves; none without the native library."""
+    level = native.cpu_level()
+    return [] if level is None else list(native.CPU_LEVELS[: native.CPU_LEVELS.index(level) + 1])
+
+
+@pytest.fixture(params=_cpu_levels())
+def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each level of instruction sets, the others hidden from the native kernels."""
+    before = native.cpu_level()
+    native.limit_cpu_level(request.param)
+    yield request.param
+    native.limit_cpu_level(before)
 
 
 def _processor() -> str:
@@ -74,7 +94,7 @@ def _processor() -> str:
 
 
 def _seconds() -> float:
-    """Of processor time, of this process and of those that it waited for."""
+    """Processor time of this process and of those that it waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

@@ -270,7 +270,7 @@ def test_links_at_the_root_lead_into_the_package() -> None:
 
 
 def test_steps_on_disk_are_keyed_by_all_code_that_they_follow_from() -> None:
-    """What a step imports beside `STEP_PARTS` imports no JAX itself: nothing of it is traced."""
+    """What a step imports beside `STEP_PARTS` imports no JAX itself, so nothing of it is traced (hosts.codec packs arrays)."""
     from pjax.runner.executables import STEP_PARTS
 
     graph, found, left = import_graph(), set[str](), ["pjax.runner.runner"]

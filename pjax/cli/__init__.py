@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pjax import __version__
 from pjax.cli.flags import Parser, make_parser
-from pjax.errors import PjaxError
+from pjax.errors import ConfigError, PjaxError
 
 COMMANDS = {
     "serve": "start the OpenAI-compatible server",
@@ -38,11 +38,23 @@ def parser(only: str | None = None) -> Parser:
     return top
 
 
+def _check_cpu_level(command: str) -> None:
+    """ConfigError for a PJAX_CPU_LEVEL that is wrong; collect-env prints what is wrong with it."""
+    if os.environ.get("PJAX_CPU_LEVEL") and command != "collect-env":
+        from pjax.pallas_kernels import native
+
+        try:
+            native.library()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser(next((word for word in arguments if not word.startswith("-")), "")).parse_args(arguments)
     try:
+        _check_cpu_level(args.command)
         return int(args.run(args))
     except PjaxError as error:
         print(f"pjax {args.command}: {error}", file=sys.stderr)

@@ -25,13 +25,12 @@ TokenizerOf = Callable[[ModelSource], Tokenizer | None]
 
 def open_source(model: Any, config: EngineConfig, platform: str, mesh: Any, arena: Arena | None = None) -> tuple[ModelSource, str]:
     """The model and how its layers run. Says where a CPU goes without native kernels."""
-    if platform == "cpu":
-        try:
-            level = native.cpu_level()
-        except ValueError as error:  # PJAX_CPU_LEVEL
-            raise ConfigError(str(error)) from error
-        if level is None:
-            log.warning("steps run without native CPU kernels, and more slowly: the library %s", native.MISSING)
+    try:
+        level = native.cpu_level()
+    except ValueError as error:  # PJAX_CPU_LEVEL
+        raise ConfigError(str(error)) from error
+    if platform == "cpu" and level is None:
+        log.warning("steps run without native CPU kernels, and more slowly: the library %s", native.MISSING)
     if arena is not None and (mesh is not None or platform != "cpu"):
         arena.close()  # what is only on its way to a device has memory of its own
         arena = None

@@ -148,7 +148,7 @@ def head_logits(x: jax.Array, head: Linear | None, embed: Embedding, num_rows: j
     """[S, D] to float32 logits [S, V], by the head or, where it is tied (None), by the embedding.
 
     Args:
-      num_rows: int32 [], how many rows count, by default all; the logits of others are undefined.
+      num_rows: int32 [], how many rows count, by default all; logits of others may be zeros.
     """
     kernel = (embed.table if head is None else head.kernel)[...]
     if num_rows is None:

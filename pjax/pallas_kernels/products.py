@@ -22,11 +22,11 @@ def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array =
     Args:
       kernels: of equal shape and dtype; the chosen one is read where it lies, the others not at all.
       index: int32 [], which of them.
-      num_rows: int32 [], how many rows of x count, by default all. The others are padding: what comes out for them is undefined
-        (the native kernel skips them). They change nothing in the rows that count, whatever they hold.
+      num_rows: int32 [], how many rows of x count, by default all. The others are padding, whatever they hold: they become zeros and
+        have no part in gradients. The native kernel skips them.
     """
     if not is_native(x, kernels[0]):
-        return _by_xla(x, tuple(kernels), index)
+        return _by_xla(x, tuple(kernels), index, num_rows)
     count = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), count, cpu=_native, default=_by_xla)
 
@@ -62,7 +62,9 @@ def _native_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return _native(x, kernels, index, num_rows), change
 
 
-def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+def _by_xla(x: jax.Array, kernels: tuple[jax.Array, ...], index: int | jax.Array, num_rows: int | jax.Array | None = None) -> jax.Array:
+    if num_rows is not None:
+        x = jnp.where(jnp.arange(x.shape[0])[:, None] < num_rows, x, 0)
     if len(kernels) == 1:
         return _product(kernels[0], x)
     # A conditional reads the kernel where it lies; indexing stacked kernels would copy it.

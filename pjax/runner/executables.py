@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jaxlib.version
 from jax.experimental import serialize_executable
@@ -137,5 +138,8 @@ def _environment() -> tuple[object, ...]:
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
     settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name and "traceback" not in name)
     variables = [os.environ.get(name) for name in ("XLA_FLAGS", "PJAX_ATTENTION_BACKEND", "PJAX_DEBUG")]
-    versions = (jax.__version__, jaxlib.version.__version__, platform.python_version(), platform.machine())
+    versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, platform.python_version(), platform.machine())
     return versions, flags, len(jax.devices()), settings, variables, native.cpu_level(), _code_digest()
+
+
+_code_digest()  # of the code that is being imported, not of what its files hold when the first engine is made

@@ -18,6 +18,7 @@ from pjax.cli.common import NO_FLAG, ONE_HOST, engine_options, server_config
 from pjax.cli.flags import add_fields, field_docs, make_parser, size, values
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
+from pjax.pallas_kernels import native
 from pjax.params import SamplingParams
 from pjax.server import ServerConfig
 
@@ -176,3 +177,18 @@ def test_the_environment_is_collected_without_secrets(monkeypatch: pytest.Monkey
     assert found["environment"]["PJAX_PROXY"] == "http://…@example.org"
     assert found["environment"]["TOKENIZERS_PARALLELISM"] == "false"
     json.dumps(found)
+
+
+@pytest.mark.parametrize("arguments", ["generate", "serve m", "bench latency --model a", "convert a b", "verify a", "run-batch -i a -o b"])
+def test_a_wrong_level_of_the_processor_is_one_line(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "PJAX_CPU_LEVEL is 'avx3', but must be one of baseline, avx2, avx512, amx"
+
+    def refuse() -> None:
+        raise ValueError(message)
+
+    monkeypatch.setenv("PJAX_CPU_LEVEL", "avx3")
+    monkeypatch.setattr(native, "library", refuse)
+    assert cli.main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"pjax {arguments.split()[0]}: {message}\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pjax import LLM, SamplingParams
-from tests.e2e.test_parity import CROWDED
+from tests.e2e.common import CROWDED
 
 SIZES: dict[str, Any] = {"lazy": True, "max_model_len": 128, "max_num_seqs": 4, "progress": False}
 

@@ -16,26 +16,11 @@ import torch
 import transformers
 
 from pjax import LLM, BeamSearchParams, SamplingParams
+from tests.e2e.common import CROWDED
 
 ROOT = Path(__file__).resolve().parents[2]
 NEAR_TIE = 1e-4  # of two logits: either token is right
-CROWDED: dict[str, Any] = {
-    "lazy": True,
-    "max_model_len": 320,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "num_pages": 34,
-    "progress": False,
-}
 LOGPROB_TOLERANCE = 1e-3
-CROWDED: dict[str, Any] = {
-    "lazy": True,
-    "max_model_len": 320,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
-    "num_pages": 34,
-    "progress": False,
-}
 
 
 @pytest.fixture(scope="module")

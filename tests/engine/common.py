@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
 TIGHT = OPTIONS | {"num_pages": 9}
 """Pages for two of the longest sequences, or so."""
 ROOMY = OPTIONS | {"max_num_seqs": 16, "num_pages": 200}
-"""Nobody waits. (Engines of the same sizes share their compiled steps: take one of these three where you can.)"""
+"""Rows and pages for all. (Engines of the same sizes share their compiled steps: take one of these three where you can.)"""
 
 
 def greedy(max_tokens: int = 8, **fields: Any) -> SamplingParams:

@@ -271,17 +271,17 @@ def test_shutdown_drains_then_aborts(folder: Path, expected: list[list[int]]) ->
 def test_params_are_swapped_between_steps(served: AsyncLLM, llm: LLM, expected: list[list[int]], tmp_path: Path) -> None:
     """While a request runs: its tokens are the old model's up to the swap, and the new one's after them."""
     folder = write_model(tmp_path, seed=1)
-    other = LLM(folder, **OPTIONS)
-    old, new = ids(llm, PROMPTS[1], greedy(60)), ids(other, PROMPTS[0], greedy(10))
+    other, params = LLM(folder, **OPTIONS), models.load(folder, layer_mode="loop", progress=False)
+    old, new = ids(llm, PROMPTS[1], greedy(80)), ids(other, PROMPTS[0], greedy(10))
     assert new != expected[0]
 
     async def main() -> list[int]:
-        stream = served.generate(PROMPTS[1], greedy(60))
+        stream = served.generate(PROMPTS[1], greedy(80))
         await anext(stream)
-        await served.update_params(models.load(folder, layer_mode="loop", progress=False), restart=True)
+        await served.update_params(params, restart=True)
         assert await tokens(served, PROMPTS[0], greedy(10)) == new
         return [output async for output in stream][-1].outputs[0].token_ids
 
     got = asyncio.run(main())
-    swapped = [count for count in range(1, 60) if got[:count] == old[:count] and got[count:] != old[count:]]
-    assert any(got[count:] == ids(other, PROMPTS[1] + got[:count], greedy(60 - count)) for count in swapped)
+    swapped = [count for count in range(1, 80) if got[:count] == old[:count] and got[count:] != old[count:]]
+    assert any(got[count:] == ids(other, PROMPTS[1] + got[:count], greedy(80 - count)) for count in swapped)

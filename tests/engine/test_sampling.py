@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pjax import LLM, ConfigError, InvalidRequestError, RequestOutput, SamplingParams
+from tests.budget import IS_THOROUGH
 from tests.engine import common
 from tests.engine.common import greedy, ids
 from tests.models import hf
@@ -58,8 +59,8 @@ def preemptions(outputs: list[RequestOutput]) -> int:
     return sum(output.metrics.num_preemptions for output in outputs)
 
 
-COMPARED = 6
-"""Of the prompts of a crowd, those that transformers continues too."""
+COMPARED = 12 if IS_THOROUGH else 6
+"""Number of a crowd's prompts that transformers continues too."""
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
     ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),
@@ -82,7 +83,7 @@ def test_greedy_as_transformers(
     ours: dict[str, Any],
     theirs: dict[str, Any],
 ) -> None:
-    """Of twelve requests at once, beside as many without any such parameter."""
+    """Twelve requests at once, beside as many without any such parameter."""
     some = prompts(12)
     plain = SamplingParams(temperature=0, max_tokens=24)
     asked = SamplingParams(temperature=0, max_tokens=24, **ours)
@@ -96,7 +97,7 @@ def test_greedy_as_transformers(
 
 def test_bad_sequences_that_would_come(reference: tuple[Path, Any], crowded: LLM) -> None:
     """Every pair and triple that greedy generation makes is forbidden."""
-    for prompt in prompts(3):
+    for prompt in prompts(6 if IS_THOROUGH else 3):
         made = by_transformers(reference[1], prompt, 12, min_new_tokens=12)
         bad = [made[2:4], made[5:8], made[9:10]]
         output = crowded.generate([prompt], SamplingParams(temperature=0, max_tokens=24, min_tokens=24, bad_words_ids=bad), use_tqdm=False)

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from pjax import LLM, SamplingParams
+from tests.budget import IS_THOROUGH
 
 VOCAB = 120
 NEAR_TIE = 1e-4
@@ -62,13 +63,15 @@ def torch_logits(model: Any, tokens: list[list[int]]) -> np.ndarray:
 
 
 def load(folder: Path, **options: Any) -> LLM:
-    """Two rows and steps so small that prompts come in chunks beside decoding; pages for one long sequence and a bit."""
+    """An engine whose steps are so small that prompts come in chunks beside decoding, with pages for one long sequence and a bit."""
     sizes = {"max_model_len": 128, "max_num_seqs": 2, "max_num_batched_tokens": 16, "num_pages": 30, "page_size": 4}
+    if IS_THOROUGH:
+        sizes |= {"max_num_seqs": 4, "num_pages": 40}
     return LLM(folder, skip_tokenizer_init=True, lazy=True, progress=False, **sizes | options)
 
 
 def prompts() -> list[list[int]]:
-    """Of 1, 7 and 50 tokens."""
+    """Prompts of 1, 7 and 50 tokens."""
     rng = np.random.default_rng(1)
     return [rng.integers(0, VOCAB, n).tolist() for n in (1, 7, 50)]
 

@@ -16,8 +16,10 @@ from pjax.pallas_kernels import native
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-@pytest.fixture(autouse=True)
-def library_is_there() -> None:
+pytestmark = pytest.mark.usefixtures("cpu_level")
+
+
+def test_the_library_was_built() -> None:
     assert native.library() is not None, "make test builds it"
 
 
@@ -66,7 +68,7 @@ def test_every_float16() -> None:
 @pytest.mark.parametrize("target_type", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [GGUFType.Q8_0, GGUFType.Q4_0, GGUFType.Q4_1], ids=lambda kind: kind.name)
 def test_quantised(kind: GGUFType, target_type: str) -> None:
-    """Of random bits too: scales that are NaN, infinite or denormal."""
+    """Random bits too: scales that are NaN, infinite or denormal."""
     theirs = GGMLQuantizationType(kind)
     normal = np.random.default_rng(0).standard_normal((37, 96), dtype=np.float32)
     for blocks in (quantize(normal, theirs), random_bits(np.dtype(np.uint8), (37, 3 * BLOCKS[kind][1]))):

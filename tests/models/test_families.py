@@ -124,7 +124,7 @@ def test_logits(family: str, name: str, tmp_path: Path, kept_programs: None) -> 
     tokens = np.random.default_rng(2).integers(0, hf.VOCAB, (2, 100)).tolist()
     want = hf.torch_logits(model, tokens)
     assert want.std(axis=1).max() > 0.1  # outputs vary
-    np.testing.assert_allclose(logits_of(tmp_path, tokens, layer_mode="scan"), want, atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(logits_of(tmp_path, tokens), want, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize(("family", "name"), ENGINES)
@@ -162,7 +162,7 @@ def test_bfloat16_is_near_float32(family: str, tmp_path: Path, kept_programs: No
     model = hf.make(tmp_path, family)
     tokens = np.random.default_rng(2).integers(0, hf.VOCAB, (2, 40)).tolist()
     exact = hf.torch_logits(model, tokens)
-    got = logits_of(tmp_path, tokens, dtype="bfloat16", layer_mode="scan")
+    got = logits_of(tmp_path, tokens, dtype="bfloat16")
     theirs = hf.torch_logits(model.bfloat16(), tokens)
     assert np.abs(got - exact).mean() < 2 * np.abs(theirs - exact).mean()
 

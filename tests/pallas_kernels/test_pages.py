@@ -40,7 +40,7 @@ def test_large_pages_are_asked_for() -> None:
 
 
 def resident_share(pool: jax.Array) -> float:
-    """Of the system's pages that lie wholly in the pool, those that have memory."""
+    """Share of the system's pages inside the pool that have memory."""
     first = -(-pool.unsafe_buffer_pointer() // PAGESIZE) * PAGESIZE
     found = (ctypes.c_ubyte * ((pool.unsafe_buffer_pointer() + pool.nbytes - first) // PAGESIZE))()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(found) * PAGESIZE), found) == 0

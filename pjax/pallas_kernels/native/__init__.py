@@ -51,18 +51,22 @@ def limit_cpu_level(level: str | None) -> None:
 
     Raises ValueError when `level` is not one of `CPU_LEVELS`, or one that this machine does not have.
     """
+    _check_level(level, "level")
     with _lock:
         if (loaded := _load()) is not None:
-            _limit(loaded, level)
+            _limit(loaded, level, "level")
 
 
-def _limit(loaded: ctypes.CDLL, level: str | None, name: str = "level") -> None:
+def _check_level(level: str | None, name: str) -> None:
+    if level is not None and level not in CPU_LEVELS:
+        raise ValueError(f"{name} is {level!r}, but must be one of {', '.join(CPU_LEVELS)}")
+
+
+def _limit(loaded: ctypes.CDLL, level: str | None, name: str) -> None:
     loaded.PjaxLimitCpuLevel(len(CPU_LEVELS) - 1)
     if level is None:
         return
     machine = loaded.PjaxCpuLevel()
-    if level not in CPU_LEVELS:
-        raise ValueError(f"{name} is {level!r}, but must be one of {', '.join(CPU_LEVELS)}")
     if CPU_LEVELS.index(level) > machine:
         raise ValueError(f"{name} is {level!r}, but this machine has {CPU_LEVELS[machine]!r} at most")
     loaded.PjaxLimitCpuLevel(CPU_LEVELS.index(level))
@@ -77,6 +81,8 @@ def ffi_version() -> int:
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
+    level = os.environ.get("PJAX_CPU_LEVEL") or None
+    _check_level(level, "PJAX_CPU_LEVEL")
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_library{suffix}")
         if not path.exists():
@@ -95,6 +101,6 @@ def _load() -> ctypes.CDLL | None:
         except Exception as error:  # built for another jaxlib, or from other sources: the XLA forms serve as well
             log.warning("the native CPU kernels in %s do not load, XLA is used instead: %s", path, error)
             return None
-        _limit(loaded, os.environ.get("PJAX_CPU_LEVEL") or None, "PJAX_CPU_LEVEL")
+        _limit(loaded, level, "PJAX_CPU_LEVEL")
         return loaded
     return None

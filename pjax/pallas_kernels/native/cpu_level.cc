@@ -17,7 +17,7 @@ enum Level : int { kBaseline, kAvx2, kAvx512, kAmx };
 std::atomic<int> limit{kAmx};
 
 #if defined(__x86_64__)
-// Tiles that the processor has and the system keeps for each thread.
+// Whether the processor has AMX tiles, and the system saves them for each thread.
 bool HasTiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1)) return false;  // AMX-TILE

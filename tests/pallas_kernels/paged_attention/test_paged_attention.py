@@ -13,7 +13,7 @@ import pytest
 
 from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape
 from pjax.pallas_kernels.paged_attention import api, native
-from tests.pallas_kernels.paged_attention.suite import FEATURES, PADDED_CASES, Feature, KernelSuite, Step, make_step
+from tests.pallas_kernels.paged_attention.suite import CASES, FEATURES, PADDED_CASES, Feature, KernelSuite, Step, make_step
 
 # These run fast: every case with every kind of shape, sizes that no accelerator's kernel has included.
 SHAPES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
@@ -25,8 +25,14 @@ SHAPES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
     ((14, 2, 128), 16, {"sliding_window": 33, "logit_softcap": 2.0}),
 ]
 PADDED = [Feature(case, heads, page_size, options=options, is_padded=True) for heads, page_size, options in SHAPES for case in PADDED_CASES]
-ALL = FEATURES + PADDED
+EXACT = [Feature(case, heads, page_size, options=options) for heads, page_size, options in SHAPES for case in CASES if case != "long"]
+ALL = FEATURES + PADDED + EXACT
 LONG = [Feature("long", (2, 1, 64), 8), Feature("long", (2, 1, 64), 128, options={"sliding_window": 700})]
+MORE = [
+    Feature("mixed", (71, 1, 64), 16),  # more heads share a KV head than a tile of prefill has rows
+    Feature("mixed", (10, 2, 128), 16, options={"sliding_window": 20, "logit_softcap": 2.0}),
+    Feature("chunk", (16, 1, 64), 8, "bfloat16", {"sliding_window": 70}),
+]
 
 
 @pytest.mark.usefixtures("kept_programs")
@@ -34,6 +40,7 @@ class SharingSuite(KernelSuite):
     """Cases of the same kind and sizes are one program."""
 
     programs: ClassVar[dict[tuple[Any, ...], Any]] = {}
+    everyday = tuple(map(str, FEATURES + PADDED + LONG + MORE))
 
     def program(self, feature: Feature) -> Any:
         key = (type(self), feature.heads, feature.page_size, feature.dtype, *feature.options.items())
@@ -57,13 +64,7 @@ class TestReference(SharingSuite):
 class TestNative(SharingSuite):
     backend = "native"
     write_backend = "native"
-    features: ClassVar = [
-        *ALL,
-        *LONG,
-        Feature("mixed", (71, 1, 64), 16),  # more heads share a KV head than a tile of prefill has rows
-        Feature("mixed", (10, 2, 128), 16, options={"sliding_window": 20, "logit_softcap": 2.0}),
-        Feature("chunk", (16, 1, 64), 8, "bfloat16", {"sliding_window": 70}),
-    ]
+    features: ClassVar = ALL + LONG + MORE
 
     @classmethod
     def takes(cls, feature: Feature) -> bool:
