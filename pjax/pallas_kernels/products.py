@@ -28,7 +28,11 @@ def product(x: jax.Array, kernels: Sequence[jax.Array], index: int | jax.Array =
     if not is_native(x, kernels[0]):
         return _by_xla(x, tuple(kernels), index, num_rows)
     count = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
-    return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), count, cpu=_native, default=_by_xla)
+
+    def elsewhere(x: jax.Array, kernels: tuple[jax.Array, ...], index: jax.Array, count: jax.Array) -> jax.Array:
+        return _by_xla(x, kernels, index, None if num_rows is None else count)
+
+    return lax.platform_dependent(x, tuple(kernels), jnp.asarray(index, jnp.int32), count, cpu=_native, default=elsewhere)
 
 
 def is_native(x: jax.Array, kernel: jax.Array) -> bool:
