@@ -98,8 +98,14 @@ class SamplingTable:
         turn: int = 0,
         prompt_len: int = 0,
         flags: int = 0,
+        has_stops: bool = True,
     ) -> bool:
-        """Writes a row, unless it is this owner's already, in its turn of so many; whether it did."""
+        """Writes a row, unless it is this owner's already, in its turn of so many; whether it did.
+
+        Args:
+          has_stops: whether tokens of the row's own are forbidden before `min_tokens`. Without any, the row's table of them is not
+            written, and may hold those of the request that had the row before.
+        """
         if (known := self._owners[row]) is not None and known[0] is owner and known[1] == turn:
             return False
         self._owners[row] = owner, turn
@@ -113,7 +119,7 @@ class SamplingTable:
             "seed_low": low,
             "rows": row,
             "prompt_lens": prompt_len,
-            "min_lens": min(prompt_len + params.min_tokens, 2**31 - 1) if params.min_tokens else 0,
+            "min_lens": min(prompt_len + params.min_tokens, 2**31 - 1) if params.min_tokens and has_stops else 0,
             "flags": flags,
         }
         self.ints[row] = [ints[name] for name in INTS]

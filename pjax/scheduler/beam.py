@@ -83,7 +83,9 @@ class BeamSearch:
         return [] if self.done else going
 
     def _score(self, cum_logprob: float, length: int) -> float:
-        return cum_logprob / length**self.params.length_penalty
+        """As torch divides: a power beyond float64 is infinite or 0, and raises nothing."""
+        with np.errstate(over="ignore", under="ignore", divide="ignore"):
+            return float(np.float64(cum_logprob) / np.float64(length) ** np.float64(self.params.length_penalty))
 
     def _is_decided(self, length: int) -> bool:
         """Whether no beam that goes on is thought to beat the finished ones."""

@@ -139,6 +139,21 @@ def test_a_crowd_in_few_pages_changes_nothing(folder: Path, reference: Any) -> N
     assert engine.scheduler.pool.num_used == 0
 
 
+@pytest.mark.parametrize("penalty", [1e308, -1e308])
+def test_a_length_penalty_beyond_all_bounds_harms_nobody(llm: LLM, penalty: float) -> None:
+    """Scores are then 0 or infinite, as torch's are; whoever runs beside it gets the same tokens."""
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    alone = llm.generate(PROMPTS, params, use_tqdm=False)
+    engine = llm.engine
+    names = [engine.add_request(prompt, params) for prompt in PROMPTS]
+    beams = engine.add_request(PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=penalty))
+    done: dict[str, Any] = {}
+    while engine.has_unfinished_requests:
+        done |= {output.request_id: output for output in engine.step() if output.finished}
+    assert [done[name].outputs[0].token_ids for name in names] == [output.outputs[0].token_ids for output in alone]
+    assert len(done[beams].outputs) == 3 and all(1 <= len(one.token_ids) <= 6 for one in done[beams].outputs)
+
+
 def test_the_prompt_is_computed_once_and_pages_are_shared(llm: LLM) -> None:
     engine = llm.engine
     request_id = engine.add_request(list(range(40, 80)), BeamSearchParams(beam_width=8, max_tokens=10, ignore_eos=True))

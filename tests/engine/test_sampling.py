@@ -218,6 +218,15 @@ def test_before_min_tokens_nothing_ends_it(llm: LLM) -> None:
     assert free.token_ids[1] not in tokens[:6] and len(tokens) >= 6
 
 
+def test_stop_tokens_of_a_rows_last_request_are_forgotten(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request with min_tokens and no stop tokens, not even the model's end, has the row of one that had some."""
+    monkeypatch.setattr(llm.engine._intake, "eos_token_ids", frozenset())
+    free = ids(llm, "hello", greedy(8))
+    held = ids(llm, "hello", greedy(8, stop_token_ids=[free[0], free[3]], min_tokens=8))
+    assert not {free[0], free[3]} & {*held}
+    assert ids(llm, "hello", greedy(8, min_tokens=8)) == free
+
+
 def test_truncated_prompts(llm: LLM) -> None:
     tokens = llm.get_tokenizer().encode("hello there")
     for keep, expected in ((3, tokens[-3:]), (100, tokens), (-1, tokens)):
