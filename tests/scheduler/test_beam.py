@@ -1,0 +1,29 @@
+"""When a beam search ends, on numbers small enough to follow by hand; tests/engine/test_beam_search.py compares with transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pjax.params import BeamSearchParams
+from pjax.scheduler.beam import BeamSearch
+
+EOS = 0
+
+
+def candidates(**logprobs: float) -> tuple[np.ndarray, np.ndarray]:
+    """A beam's continuations by token, t7=-0.5 for token 7; the likeliest first."""
+    ordered = sorted(logprobs.items(), key=lambda entry: -entry[1])
+    return np.array([int(name[1:]) for name, _ in ordered], np.int32), np.array([value for _, value in ordered], np.float32)
+
+
+@pytest.mark.parametrize(("early_stopping", "done"), [(True, True), (False, False), ("never", False)])
+def test_early_stopping_is_content_with_as_many_as_there_are_beams(early_stopping: bool | str, done: bool) -> None:
+    """Two have ended, with -1 and -1.3 / 2; a beam with -1.15 / 2 would still beat the first."""
+    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=5, early_stopping=early_stopping), 5, frozenset([EOS]))
+    going = search.choose([[]], [candidates(t0=-1.0, t1=-1.05, t2=-1.1, t3=-9)])
+    assert going == [(0, 1), (0, 2)] and not search.done
+    going = search.choose([[1], [2]], [candidates(t0=-0.25, t3=-0.1, t4=-5, t5=-6), candidates(t0=-4, t3=-0.5, t4=-5, t5=-6)])
+    assert [(one.tokens, round(one.score, 4)) for one in search.finished] == [([1, 0], -0.65), ([0], -1.0)]
+    assert search.done is done
+    assert going == ([] if done else [(0, 3), (1, 3)])
