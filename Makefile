@@ -69,7 +69,7 @@ TEST_XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensiv
 
 pytest = XLA_FLAGS="$$XLA_FLAGS $(TEST_XLA_FLAGS)" $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal --ignore=tests/parallel --ignore=tests/ray
 
-test: $(VENV)/.test ## run the tests, ten minutes on two cores (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
+test: $(VENV)/.test ## run the tests (TESTS=tests/scheduler PYTEST_ARGS=-x WORKERS=2)
 	$(pytest) -m 'not extended' $(PYTEST_ARGS) $(TESTS)
 
 test-long: $(VENV)/.test ## the same with those marked extended, and ten times the examples for properties; an hour
