@@ -88,7 +88,7 @@ def _load(path: Path) -> Any:
     """The step in a file; None when there is no such file, or something is wrong with it: it can be compiled again."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where there is no home
         return None
     except OSError as error:
         log.warning("a compiled step cannot be read, and is compiled again: %s: %s", path, error)
