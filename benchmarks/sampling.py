@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pjax.params import LogitRules, SamplingParams
-from pjax.runner.adjust import adjust_logits
-from pjax.runner.rules import as_row, empty_tables, write_row
-from pjax.runner.sampler import sample
-from pjax.runner.sampling_arrays import SamplingArrays, SamplingTable, flags_of
+from pjax.sampling.adjust import adjust_logits
+from pjax.sampling.parameters import SamplingArrays, SamplingTable, flags_of
+from pjax.sampling.sampler import sample
+from pjax.sampling.token_rules import as_row, empty_tables, write_row
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fields of SamplingParams, and of LogitRules
     "greedy": ({}, {}),

@@ -17,7 +17,7 @@ import numpy as np
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.runner.batch import find_bucket, make_buckets, pack
-from pjax.runner.sampling_arrays import SamplingTable
+from pjax.sampling.parameters import SamplingTable
 from pjax.scheduler import Request, Scheduler
 
 Times = tuple[float, float, float]

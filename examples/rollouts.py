@@ -17,7 +17,7 @@ import optax
 from pjax import LLM, SamplingParams
 from pjax.models import forward, open_model
 from pjax.models.sharding import MODEL_AXIS, make_mesh
-from pjax.runner.vocabulary import Vocabulary
+from pjax.sampling.vocabulary import Vocabulary
 
 PROMPTS, PROMPT_LEN, NEW, TURNS = 16, 4, 12, 8
 

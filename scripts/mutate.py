@@ -56,11 +56,12 @@ PARTS = {
     ),
     "swap": Part(("scheduler/swap.py", "runner/swap.py"), ("tests/scheduler/test_swap.py", "tests/runner/test_swap.py", "tests/scheduler")),
     "sampler": Part(
-        ("runner/sampler.py", "runner/filters.py", "runner/sampling_arrays.py"),
-        ("tests/runner/test_sampler.py", "tests/runner/test_batch.py", "tests/engine/test_sampling.py"),
+        ("sampling/sampler.py", "sampling/filters.py", "sampling/parameters.py"),
+        ("tests/sampling/test_sampler.py", "tests/runner/test_batch.py", "tests/engine/test_sampling.py"),
     ),
     "penalties": Part(
-        ("runner/adjust.py", "runner/rules.py", "params/rules.py"), ("tests/runner/test_adjust.py", "tests/engine/test_sampling.py")
+        ("sampling/adjust.py", "sampling/token_rules.py", "params/rules.py"),
+        ("tests/sampling/test_adjust.py", "tests/engine/test_sampling.py"),
     ),
     "detokenizer": Part(("text/detokenizer.py",), ("tests/text/test_detokenizer.py",)),
     "tool parser": Part(("server/tools.py",), ("tests/server/test_chat.py",)),

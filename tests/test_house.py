@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"pallas_kernels", "errors", "gguf_header", "machine"},
     "scheduler": {"errors", "params", "outputs"},
     "hosts": {"errors", "config"},
-    "runner": {"machine", "hosts", "models", "pallas_kernels", "scheduler.plan", "errors", "config", "params"},
+    "sampling": {"errors", "params"},
+    "runner": {"machine", "hosts", "models", "pallas_kernels", "sampling", "scheduler.plan", "errors", "config", "params"},
     "text": {"errors", "params", "gguf_header"},
     "convert": {"models", "text", "errors"},
     "memory": {"pallas_kernels", "errors", "config", "machine"},
@@ -56,6 +57,7 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "outputs": set(),
     "config": {"numpy"},
     "pallas_kernels": {"jax", "numpy"},
+    "sampling": {"jax", "numpy"},
     "scheduler": {"numpy"},
 }
 

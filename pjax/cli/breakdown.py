@@ -1,4 +1,4 @@
-"""Where a step's time goes: a profiler's trace, read with the compiled steps' HLO beside it.
+"""Where a step's time goes: a profiler's trace, read with the compiled programs' HLO beside it.
 
 Each operation of the trace belongs to the part of pjax that its instruction came from: attention (the kernels and what they
 need), products (of the model with its weights), sampling, and the rest of the model (norms, rotations, embeddings).
@@ -15,8 +15,9 @@ from typing import Any
 
 PARTS = ("attention", "products", "sampling", "rest")
 ATTENTION = re.compile(r"/pjax/(pallas_kernels/(?!products)|models/attention)")
-SAMPLING = re.compile(r"/pjax/runner/(sampler|adjust|rules|filters|vocabulary|processors|prompt_logprobs)\.py")
+SAMPLING = re.compile(r"/pjax/sampling/")
 PRODUCT = re.compile(r"\b(dot|convolution|ragged-dot)\(|gemm|matmul|\bcublas|pjax_product", re.IGNORECASE)
+FORWARD = ("decode_", "mixed_")  # how the names of forward programs begin: each step has one
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
@@ -93,7 +94,7 @@ def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def read_trace(folder: Path, texts: dict[str, str]) -> dict[str, dict[str, float]]:
-    """For each compiled step that ran, by its name: how often, milliseconds a run, and the share of each part in percent."""
+    """For each compiled program that ran, by its name: how often, milliseconds a run, and the share of each part in percent."""
     import jax
 
     file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
@@ -136,5 +137,5 @@ def break_down(llm: Any, run: Callable[[], float]) -> dict[str, dict[str, float]
             llm.stop_profile()
         steps = read_trace(Path(folder), llm.engine.runner.compiled_texts())
     busy = sum(step["ms"] * step["steps"] for step in steps.values())
-    num_steps = sum(step["steps"] for step in steps.values())
+    num_steps = sum(step["steps"] for name, step in steps.items() if name.startswith(FORWARD))
     return steps | {"host": {"ms": (1e3 * seconds - busy) / max(num_steps, 1), "percent": 100 * (1 - busy / (1e3 * seconds))}}

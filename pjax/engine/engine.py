@@ -327,7 +327,9 @@ class LLMEngine:
             ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
             return ready + [self._views.output(request_id) for request_id in expired]
         try:
-            ahead = self.config.async_scheduling and not self.runner.is_compiling  # else the tokens in flight would wait for that too
+            ahead = (
+                self.config.async_scheduling and not self.runner.programs.is_compiling
+            )  # else the tokens in flight would wait for that too
             while len(self._in_flight) < 1 + ahead and (plan := self.scheduler.schedule()) is not None:
                 self._wait_for_weights()
                 self._last_plan = plan

@@ -86,7 +86,7 @@ def begin(group: Group, runner: ModelRunner) -> None:
     with told(group):
         group.ready()
     # Collectives give up on a host that comes to them half a minute late (Gloo's do).
-    runner.on_compiled = lambda: group.agree({})
+    runner.programs.on_compiled = lambda: group.agree({})
     if group.rank == 0:
         runner.announce = group.announce
         return

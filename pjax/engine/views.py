@@ -8,7 +8,7 @@ from typing import Any
 from pjax.outputs import CompletionOutput, Logprob, RequestOutput
 from pjax.params import SamplingParams
 from pjax.runner import StepResult
-from pjax.runner.prompt_logprobs import PromptScores
+from pjax.sampling.prompt_logprobs import PromptScores
 from pjax.scheduler import Request, StepPlan
 from pjax.scheduler.beam import BeamSearch
 from pjax.text.detokenizer import Detokenizer

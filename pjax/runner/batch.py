@@ -11,19 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pjax.pallas_kernels import RaggedBatch
-from pjax.runner.prompt_logprobs import ScoredTokens, pack_scored, scored_struct
-from pjax.runner.rules import RuleTables, tables_struct
-from pjax.runner.sampling_arrays import PackedSampling, SamplingTable, sampling_struct
+from pjax.sampling.parameters import SamplingTable
+from pjax.sampling.program import NO_ROW, SampleInput
+from pjax.sampling.prompt_logprobs import ScoredTokens
+from pjax.sampling.token_rules import RuleTables
 from pjax.scheduler.plan import StepPlan
 
 Ints = npt.NDArray[np.int32]
 
-NO_ROW = 2**31 - 1  # beyond any table: what goes there is dropped
-
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A shape that the step is compiled for."""
+    """A shape that the forward program is compiled for."""
 
     decode_only: bool
     num_tokens: int  # T
@@ -31,7 +30,7 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Of the step in a profiler's trace: decode_64, mixed_512."""
+        """Of the program in a profiler's trace: decode_64, mixed_512."""
         return f"decode_{self.num_rows}" if self.decode_only else f"mixed_{self.num_tokens}"
 
 
@@ -56,26 +55,45 @@ def find_bucket(buckets: list[Bucket], num_tokens: int, num_rows: int, decode_on
     return min(fits, key=lambda b: b.num_tokens)
 
 
+@dataclass(frozen=True)
+class SampleShape:
+    """A number of rows that the sample program is compiled for."""
+
+    num_rows: int  # S
+
+    @property
+    def name(self) -> str:
+        """Of the program in a profiler's trace: sample_64."""
+        return f"sample_{self.num_rows}"
+
+
+@dataclass(frozen=True)
+class ScoreShape:
+    """A number of tokens that the program which scores prompts is compiled for."""
+
+    num_tokens: int  # T
+
+    @property
+    def name(self) -> str:
+        """Of the program in a profiler's trace: score_512."""
+        return f"score_{self.num_tokens}"
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StepInput:
-    """All that a step takes beside parameters and pages."""
+class ForwardInput:
+    """All that the forward program takes beside parameters, pages and the token table."""
 
     token_ids: jax.Array  # int32 [T]; -1: the host does not know it yet, the token table does
     rows: jax.Array  # int32 [S]: row of the token table of each row of the batch
     batch: RaggedBatch
     sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; two samples may share one
-    sample_rows: jax.Array  # int32 [S]: row of the token table that each sampled token goes to; NO_ROW for padding
-    sample_positions: jax.Array  # int32 [S]: position of the token to be sampled
     num_samples: jax.Array  # int32 []
     copies: jax.Array  # int32 [S, 2]: pages to copy before anything is written, from and to
     num_copies: jax.Array  # int32 []
-    sampling: PackedSampling  # in the order of sample_tokens
-    rules: RuleTables  # of R rows, as the token table
-    scored: ScoredTokens | None  # prompt tokens whose log-probabilities are wanted; None in buckets of decode rows alone
 
 
-def input_struct(bucket: Bucket, table_width: int, *, max_num_seqs: int, vocab_size: int) -> StepInput:
+def forward_input_struct(bucket: Bucket, table_width: int) -> ForwardInput:
     """Shapes and types of a bucket's arrays, for block tables [S, W]."""
     rows = bucket.num_rows
 
@@ -83,21 +101,17 @@ def input_struct(bucket: Bucket, table_width: int, *, max_num_seqs: int, vocab_s
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, table_width), ints(), decode_only=bucket.decode_only)
-    each = ints(rows)
-    return StepInput(
-        ints(bucket.num_tokens),
-        each,
-        batch,
-        each,
-        each,
-        each,
-        ints(),
-        ints(rows, 2),
-        ints(),
-        sampling_struct(rows),
-        tables_struct(max_num_seqs, vocab_size),
-        None if bucket.decode_only else scored_struct(bucket.num_tokens),
-    )
+    return ForwardInput(ints(bucket.num_tokens), ints(rows), batch, ints(rows), ints(), ints(rows, 2), ints())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInput:
+    """What the programs of one step take: numpy arrays, but for the rules."""
+
+    forward: ForwardInput
+    sample: SampleInput  # in the order of `forward.sample_tokens`
+    scored: ScoredTokens | None  # None where no prompt tokens are scored
 
 
 def pack(
@@ -145,17 +159,37 @@ def pack(
     copies = np.zeros((bucket.num_rows, 2), np.int32)
     copies[: len(plan.copies)] = plan.copies
     batch = RaggedBatch(row_starts, kv_lens, tables, np.int32(plan.num_decode), decode_only=bucket.decode_only)  # type: ignore[arg-type]
-    return StepInput(
-        token_ids,  # type: ignore[arg-type]
+    forward = ForwardInput(
+        token_ids,  # type: ignore[arg-type]  # numpy in, device arrays inside the programs
         table_rows,  # type: ignore[arg-type]
         batch,
         sample_tokens,  # type: ignore[arg-type]
-        sample_rows,  # type: ignore[arg-type]
-        sample_positions,  # type: ignore[arg-type]
         np.int32(num_samples),  # type: ignore[arg-type]
         copies,  # type: ignore[arg-type]
         np.int32(len(plan.copies)),  # type: ignore[arg-type]
+    )
+    sample = SampleInput(
+        sample_rows,  # type: ignore[arg-type]
+        sample_positions,  # type: ignore[arg-type]
+        np.int32(num_samples),  # type: ignore[arg-type]
         sampling.gather(plan.sample_rows, bucket.num_rows),
         rules,  # type: ignore[arg-type]
-        None if bucket.decode_only else pack_scored(plan, tokens, row_starts[place], bucket.num_tokens),
     )
+    return StepInput(forward, sample, pack_scored(plan, tokens, row_starts[place], bucket.num_tokens) if plan.scored else None)
+
+
+def pack_scored(plan: StepPlan, tokens: Ints, first_packed: Ints, num_tokens: int) -> ScoredTokens:
+    """The plan's tokens to be scored, in its order.
+
+    Args:
+      tokens: int32 [rows, max_model_len], the sequence table.
+      first_packed: int32 [n], packed index of the first token of each row of the plan.
+    """
+    sources, targets = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
+    count = 0
+    for index, start, end in plan.scored:
+        size = end - start
+        sources[count : count + size] = first_packed[index] + np.arange(start - plan.starts[index], end - plan.starts[index])
+        targets[count : count + size] = tokens[plan.rows[index], start + 1 : end + 1]
+        count += size
+    return ScoredTokens(sources, targets, np.int32(count))  # type: ignore[arg-type]  # numpy in, device arrays inside the step

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 1 << 30  # of all files; those used longest ago go
 DIGEST_BYTES = 32
 SAVES_PER_LOOK = 16  # the folder is looked through after so many new files
-STEP_PARTS = ("config.py", "machine.py", "models", "pallas_kernels", "params", "runner")
+STEP_PARTS = ("config.py", "machine.py", "models", "pallas_kernels", "params", "runner", "sampling")
 """The parts of pjax whose code is traced, or decides what is: what a step imports beside them knows nothing of JAX."""
 
 

@@ -1,14 +1,11 @@
-"""Holds parameters, pages and compiled steps; runs plans on the device."""
+"""Holds parameters, pages and compiled programs; runs plans on the device."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from tqdm import tqdm
 
 from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
@@ -26,21 +22,21 @@ from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touching, use_large_pages
 from pjax.params import MAX_CANDIDATES, LogitRules
-from pjax.runner.adjust import LogitsProcessor
-from pjax.runner.batch import Bucket, Ints, find_bucket, input_struct, make_buckets, pack
+from pjax.runner.batch import Bucket, Ints, SampleShape, ScoreShape, find_bucket, forward_input_struct, make_buckets, pack
 from pjax.runner.executables import Executables
+from pjax.runner.forward import LOGITS_SPEC, POOL_SPEC, jit_forward, jit_score, make_forward, make_score, shard_forward, shard_score
 from pjax.runner.mirror import COMPILE, Mirror, NewRow
-from pjax.runner.processors import check_processors
-from pjax.runner.prompt_logprobs import PromptScores
-from pjax.runner.rules import as_row, empty_tables, write_row, write_tokens, zeros
-from pjax.runner.sampler import ROWS, Sampled
-from pjax.runner.sampling_arrays import SamplingTable, flags_of
-from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
+from pjax.runner.programs import Programs, Shape
 from pjax.runner.swap import PageSwap
-from pjax.runner.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.adjust import LogitsProcessor
+from pjax.sampling.parameters import SamplingTable, flags_of
+from pjax.sampling.processors import check_processors
+from pjax.sampling.program import jit_sample, sample_input_struct
+from pjax.sampling.prompt_logprobs import PromptScores, scored_struct
+from pjax.sampling.sampler import ROWS, Sampled
+from pjax.sampling.token_rules import as_row, empty_tables, write_row, write_tokens, zeros
+from pjax.sampling.vocabulary import WHOLE, Vocabulary
 from pjax.scheduler.plan import StepPlan
-
-log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of a lazy engine's steps that go without large pages for the pool
@@ -80,43 +76,55 @@ class StepResult:
 class InFlight:
     """A step that was dispatched."""
 
-    sampled: Sampled
-    prompt: PromptScores | None
+    logits: jax.Array
+    sampled: Sampled | None  # None where no row is sampled
+    prompt: PromptScores | None  # None where no prompt token is scored
     num_samples: int
     wants_logprobs: bool
     num_scored: int
 
     def wait(self) -> None:
         """Until it has ended. An exception of the device comes here."""
-        jax.block_until_ready(self.sampled.tokens)
+        jax.block_until_ready((self.logits if self.sampled is None else self.sampled.tokens, self.prompt))
 
 
 class ModelRunner:
-    """Runs plans on the device. A compiled step exists for each bucket; a missing one is compiled when it is needed.
+    """Runs plans on the device. A step is a forward program and a sample program, dispatched one after the other.
 
-    `num_compilations` counts them, and the copies between pages and host memory; after `warmup()` it does not change.
+    `programs` has them by shape; a missing one is compiled when it is needed. `num_compilations` counts them, and the copies between
+    pages and host memory; after `warmup()` it does not change.
     """
 
     def __init__(self, model: ModelSource, config: RunnerConfig) -> None:
         self.config = config
         self.buckets = make_buckets(config.max_num_seqs, config.max_num_batched_tokens)
-        self._num_steps_compiled = 0
         self._abstract_params, self._structure = jax.tree.flatten(model.abstract)
         self._params: list[jax.Array] | None = None
         c, shares = model.own_config, model.shares
         pool_sharding: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+        # Committed, as it comes back from a step: else writing its rows would be compiled twice.
+        self._tokens_sharding = pool_sharding
         self._input_sharding: Sharding | None = None
         if shares is not None:
             pool_sharding = NamedSharding(shares.mesh, POOL_SPEC)
-            self._input_sharding = NamedSharding(shares.mesh, PartitionSpec())
+            self._input_sharding = self._tokens_sharding = NamedSharding(shares.mesh, PartitionSpec())
         num_heads = c.num_kv_heads * (1 if shares is None else shares.size)
         shape = pool_shape(c.num_layers, config.num_pages, config.page_size, num_heads, c.head_size)
         self._pool_format = pool_format(pool_sharding)
         self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
         tokens_shape = (config.max_num_seqs, config.max_model_len)
-        self._tokens_struct = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=self._input_sharding)
+        self._tokens_struct = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=self._tokens_sharding)
+        self._vocab_size, self._shares = model.config.vocab_size, shares
+        self._vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
+        forward = make_forward(model.graph, self._structure, config.attention_backend)
+        score = make_score(model.graph, self._structure, self._vocabulary)
+        self._forward = forward if shares is None else shard_forward(forward, shares)
+        self._score = score if shares is None else shard_score(score, shares)
+        self._logits_width = c.vocab_size * (1 if shares is None else shares.size)  # padded to equal shares
         facts = (model.graph, self._abstract_params, c, replace(config, num_host_slots=0, logits_processors={}, step_folder=None))
         self._executables = Executables(config.step_folder, *facts)
+        # Sampling follows from nothing else of the model: other models find the same programs.
+        self._sample_executables = Executables(config.step_folder, self._vocab_size, tokens_shape)
         self._has_large_pages = False
         try:
             self._pages, self._tokens = self._new_pool(), self._new_tokens()
@@ -125,29 +133,19 @@ class ModelRunner:
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._swap = PageSwap(config.num_host_slots, c.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
         self._sampling = SamplingTable(config.max_num_seqs)
-        self._vocab_size = model.config.vocab_size
         self._rules = empty_tables(config.max_num_seqs, self._vocab_size, self._input_sharding)
         processors = config.logits_processors
         check_processors(processors, [min(bucket.num_rows, ROWS) for bucket in self.buckets], config.max_model_len, self._vocab_size)
         self._processors = {name: index for index, name in enumerate(processors)}
-        vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
-        most = min(MAX_CANDIDATES, self._vocab_size)
-        step = make_step(model.graph, self._structure, most, config.attention_backend, vocabulary, tuple(processors.values()))
-        self._step = step if shares is None else shard_step(step, shares)
-        self._compiled: dict[Bucket, Any] = {}
-        self._pending: dict[Bucket, Future[Any]] = {}
-        self._is_closed = False
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pjax-compile")
+        self.programs = Programs(self._compile)
         self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
         self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
         """Called with each step's message; inside of what it gives the step is dispatched. Other hosts run it too, by `follow`."""
-        self.on_compiled: Callable[[], None] | None = None
-        """Called when a step that is needed now has been compiled, before it runs: on other hosts that may take longer."""
 
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far; none after `warmup()`."""
-        return self._num_steps_compiled + (self._swap.num_compilations if self._swap is not None else 0)
+        return self.programs.num_compilations + (self._swap.num_compilations if self._swap is not None else 0)
 
     def set_params(self, params: Any) -> None:
         """Gives the weights, a state as `ModelSource.load` returns it; compilation may begin before."""
@@ -185,18 +183,25 @@ class ModelRunner:
         num_rows = max(len(plan.rows), num_samples)
         bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
-        step = self._compiled_step(bucket)
+        forward = self.programs.get(bucket)
+        sample = self.programs.get(SampleShape(bucket.num_rows)) if num_samples else None
+        score = self.programs.get(ScoreShape(bucket.num_tokens)) if inputs.scored is not None else None
         if plan.num_tokens > SHORT_STEP or num_rows > FEW_ROWS:
             self._use_large_pages()
         if self._swap is not None:
             self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
-        self._pages, self._tokens, sampled = step(self._params, self._pages, self._tokens, inputs)
-        prompt, sampled = sampled.prompt, replace(sampled, prompt=None)
+        self._pages, logits, hidden = forward(self._params, self._pages, self._tokens, inputs.forward)
+        sampled = prompt = None
+        if sample is not None:
+            self._tokens, sampled = sample(logits, self._tokens, inputs.sample)
+        if score is not None:
+            prompt = score(self._params, hidden, inputs.scored)
         wants_logprobs = any(request.params.needs_logprobs for request in plan.sampled)
         num_scored = sum(end - start for _, start, end in plan.scored)
-        for array in jax.tree.leaves((sampled if wants_logprobs else sampled.tokens, prompt if num_scored else None)):
+        tokens_alone = None if sampled is None else sampled.tokens
+        for array in jax.tree.leaves((sampled if wants_logprobs else tokens_alone, prompt)):
             array.copy_to_host_async()
-        return InFlight(sampled, prompt, num_samples, wants_logprobs, num_scored)
+        return InFlight(logits, sampled, prompt, num_samples, wants_logprobs, num_scored)
 
     def _new_row(self, request: Any) -> NewRow | None:
         """Parameters, rules and earlier tokens of a request that is new in its row; None when it is not."""
@@ -224,12 +229,14 @@ class ModelRunner:
 
     def fetch(self, step: InFlight) -> StepResult:
         """Waits for a step's tokens. An exception of the device comes here."""
-        tokens = np.asarray(step.sampled.tokens)[: step.num_samples]
-        prompt = jax.tree.map(lambda array: np.asarray(array)[: step.num_scored], step.prompt) if step.num_scored else None
+        step.wait()
+        prompt = None if step.prompt is None else jax.tree.map(lambda array: np.asarray(array)[: step.num_scored], step.prompt)
+        if step.sampled is None:
+            return StepResult(np.zeros(0, np.int32), prompt=prompt)
         if not step.wants_logprobs:
-            return StepResult(tokens, prompt=prompt)
+            return StepResult(np.asarray(step.sampled.tokens)[: step.num_samples], prompt=prompt)
         host = jax.tree.map(lambda array: np.asarray(array)[: step.num_samples], step.sampled)
-        return StepResult(tokens, host.logprobs, host.ranks, host.top_tokens, host.top_logprobs, prompt)
+        return StepResult(host.tokens, host.logprobs, host.ranks, host.top_tokens, host.top_logprobs, prompt)
 
     def restore_pages(self) -> bool:
         """Waits for what is in flight, and makes a new pool if a failed step has taken the old one with it; True if it did.
@@ -258,30 +265,26 @@ class ModelRunner:
             self._has_large_pages = True
 
     def _new_tokens(self) -> jax.Array:
-        # Committed, as it comes back from a step: else writing its rows would be compiled twice.
-        return zeros(self._tokens_struct.shape, jnp.int32, self._input_sharding or SingleDeviceSharding(jax.local_devices()[0]))
+        return zeros(self._tokens_struct.shape, jnp.int32, self._tokens_sharding)
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
-        """Compiles the steps of `buckets` (all by default), two at a time, with a progress bar; a CPU's pool gets its memory meanwhile."""
+        """Compiles the programs of `buckets` (all by default) with a progress bar; a CPU's pool gets its memory meanwhile."""
         self._use_large_pages()
         with touching(self._pages):
-            self._compile_all(buckets, progress)
+            row = np.int32(0)
+            self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
+            self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
+            if self._swap is not None:
+                self._swap.prefetch(self.programs.threads)
+            self.programs.warmup(self._shapes(self.buckets if buckets is None else buckets), progress=progress)
+            if self._swap is not None:
+                self._swap.warmup()
 
-    def _compile_all(self, buckets: Iterable[Bucket] | None, progress: bool) -> None:
-        row = np.int32(0)
-        self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
-        self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
-        wanted = [bucket for bucket in (self.buckets if buckets is None else buckets) if bucket not in self._compiled]
-        for bucket in wanted:
-            self.prefetch(bucket)
-        if self._swap is not None:
-            self._swap.prefetch(self._pool)
-        with tqdm(wanted, desc="Compiling steps", unit="bucket", leave=False, disable=None if progress else True) as bar:
-            for bucket in bar:
-                bar.set_postfix_str(f"{bucket.num_tokens} tokens in {bucket.num_rows} rows{', decode' if bucket.decode_only else ''}")
-                self._compiled_step(bucket)
-        if self._swap is not None:
-            self._swap.warmup()
+    def _shapes(self, buckets: Iterable[Bucket]) -> list[Shape]:
+        """Of all programs that steps of these buckets can take; those that every step takes come first."""
+        buckets = list(buckets)
+        samples = dict.fromkeys(SampleShape(bucket.num_rows) for bucket in buckets)
+        return [*buckets, *samples, *(ScoreShape(bucket.num_tokens) for bucket in buckets if not bucket.decode_only)]
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""
@@ -290,57 +293,63 @@ class ModelRunner:
         self._pages, count, seconds = self._swap.measure(self._pages)
         return count, seconds
 
-    @property
-    def is_compiling(self) -> bool:
-        """Whether a step is being compiled in the background."""
-        return any(not future.done() for future in self._pending.values())
-
     def prefetch(self, bucket: Bucket, *, in_turn: bool = False) -> None:
-        """Starts compiling a bucket's step in the background; `in_turn`: when those before it are done."""
-        if bucket not in self._compiled and bucket not in self._pending:
-            earlier = list(self._pending.values()) if in_turn else []
-            self._pending[bucket] = self._pool.submit(self._compile_in_turn, bucket, earlier)
+        """Starts compiling what a bucket's steps need, in the background; `in_turn`: when what is being compiled now is done."""
+        self.programs.prefetch(bucket, SampleShape(bucket.num_rows), in_turn=in_turn)
 
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
-        """Starts compiling the step that a plan of this size would take; on few cores after those that are needed before it."""
+        """Starts compiling what a plan of this size would take; on few cores after what is needed before it."""
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
         with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
             self.prefetch(bucket, in_turn=num_cpus() <= FEW_CORES)
 
-    def _compiled_step(self, bucket: Bucket) -> Any:
-        if bucket not in self._compiled:
-            self.prefetch(bucket)
-            self._compiled[bucket] = self._pending.pop(bucket).result()
-            self._num_steps_compiled += 1
-            if self.on_compiled is not None:
-                self.on_compiled()
-        return self._compiled[bucket]
+    def _compile(self, shape: Shape) -> Any:
+        """From disk, or compiled. Any thread may call it."""
+        executables = self._sample_executables if isinstance(shape, SampleShape) else self._executables
+        return executables.get(shape.name, partial(self._lower_and_compile, shape))
 
-    def _compile_in_turn(self, bucket: Bucket, earlier: Sequence[Future[Any]]) -> Any:
-        wait(earlier)  # they are running: this thread had to take them first
-        if self._is_closed:
-            raise CancelledError
-        return self._compile(bucket)
+    def _lower_and_compile(self, shape: Shape) -> Any:
+        if isinstance(shape, Bucket):
+            return self._lower_forward(shape).compile()
+        return (self._lower_sample(shape) if isinstance(shape, SampleShape) else self._lower_score(shape)).compile()
 
-    def _compile(self, bucket: Bucket) -> Any:
-        started = time.perf_counter()
-        compiled = self._executables.get(bucket.name, partial(self._lower_and_compile, bucket))
-        log.debug("compiled %s in %.1f s", bucket, time.perf_counter() - started)
-        return compiled
+    def _lower_forward(self, bucket: Bucket) -> Any:
+        return jit_forward(self._forward, self._pool_format, bucket.name).lower(*self._forward_structs(bucket))
 
-    def _lower_and_compile(self, bucket: Bucket) -> Any:
-        width = -(-self.config.max_model_len // self.config.page_size)
-        inputs = input_struct(bucket, width, max_num_seqs=self.config.max_num_seqs, vocab_size=self._vocab_size)
-        if self._input_sharding is not None:
-            inputs = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), inputs)
-        step = jit_step(self._step, self._pool_format, bucket.name)
-        return step.lower(self._abstract_params, self._pool_struct, self._tokens_struct, inputs).compile()
+    def _forward_structs(self, bucket: Bucket) -> tuple[Any, ...]:
+        inputs = self._placed(forward_input_struct(bucket, -(-self.config.max_model_len // self.config.page_size)))
+        return self._abstract_params, self._pool_struct, self._tokens_struct, inputs
+
+    def _lower_sample(self, shape: SampleShape) -> Any:
+        shares, most = self._shares, min(MAX_CANDIDATES, self._vocab_size)
+        mesh = None if shares is None else shares.mesh
+        program = jit_sample(shape.name, most, self._vocabulary, tuple(self.config.logits_processors.values()), mesh)
+        sharding = None if shares is None else NamedSharding(shares.mesh, LOGITS_SPEC)
+        logits = jax.ShapeDtypeStruct((shape.num_rows, self._logits_width), jnp.float32, sharding=sharding)
+        inputs = sample_input_struct(shape.num_rows, max_num_seqs=self.config.max_num_seqs, vocab_size=self._vocab_size)
+        return program.lower(logits, self._tokens_struct, self._placed(inputs))
+
+    def _lower_score(self, shape: ScoreShape) -> Any:
+        hidden = jax.ShapeDtypeStruct((shape.num_tokens, self._hidden.shape[1]), self._hidden.dtype)
+        inputs = self._placed((hidden, scored_struct(shape.num_tokens)))
+        return jit_score(self._score, shape.name).lower(self._abstract_params, *inputs)
+
+    @cached_property
+    def _hidden(self) -> Any:
+        """Type and size of hidden states."""
+        smallest = next(bucket for bucket in self.buckets if not bucket.decode_only)
+        return jax.eval_shape(self._forward, *self._forward_structs(smallest))[2]
+
+    def _placed(self, structs: Any) -> Any:
+        """The same on every device of a mesh."""
+        if self._input_sharding is None:
+            return structs
+        return jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._input_sharding), structs)
 
     def compiled_texts(self) -> dict[str, str]:
-        """The HLO of the compiled steps by the names of their buckets."""
-        return {bucket.name: step.as_text() for bucket, step in self._compiled.items()}
+        """The HLO of the compiled programs by their names."""
+        return self.programs.texts()
 
     def close(self) -> None:
         """Stops the compiling threads; what they have not begun is dropped."""
-        self._is_closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.programs.close()

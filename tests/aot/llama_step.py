@@ -1,4 +1,4 @@
-"""The whole step of LLaMA models, as the engine runs it: what is to be compiled."""
+"""The forward program of LLaMA models, as the engine runs it: what is to be compiled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flax import nnx
 
 from pjax.models import llama
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
-from pjax.runner.batch import Bucket, input_struct
-from pjax.runner.step import jit_step, make_step
+from pjax.runner.batch import Bucket, forward_input_struct
+from pjax.runner.forward import jit_forward, make_forward
 
 PAGE_SIZE, POOL_BYTES = 16, 1 << 30
 MODELS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, the token table, a bucket's inputs."""
+    """The jitted program in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, token table, inputs."""
     config = llama.Config.from_hf(MODELS[model] | {"model_type": "llama", "max_position_embeddings": 8192})
     graph, abstract = nnx.split(nnx.eval_shape(lambda: llama.Model(config, dtype="bfloat16", layer_mode=mode)))
     leaves, structure = jax.tree.flatten(abstract)
@@ -44,5 +44,5 @@ def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> 
     order: Any = pool_format(sharding)
     pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
     tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, 8192), jnp.int32))
-    inputs = jax.tree.map(placed, input_struct(bucket, 8192 // PAGE_SIZE, max_num_seqs=bucket.num_rows, vocab_size=config.vocab_size))
-    return jit_step(make_step(graph, structure, 32, backend), order), (list(map(placed, leaves)), pool, tokens, inputs)
+    inputs = jax.tree.map(placed, forward_input_struct(bucket, 8192 // PAGE_SIZE))
+    return jit_forward(make_forward(graph, structure, backend), order), (list(map(placed, leaves)), pool, tokens, inputs)

@@ -1,4 +1,4 @@
-"""The whole step of known models, divided over a mesh as the engine divides it: what is to be compiled, and what is seen of it."""
+"""The forward and the score program of known models, divided over a mesh as the engine divides them: what is to be compiled, and seen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pjax.models import gpt_neox, llama
 from pjax.models.sharding import MODEL_AXIS, Shares, divide
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
-from pjax.runner.batch import Bucket, input_struct
-from pjax.runner.sampler import Sampled, _without_logprobs
-from pjax.runner.step import POOL_SPEC, jit_step, make_step, shard_step
-from pjax.runner.vocabulary import Vocabulary
+from pjax.runner.batch import Bucket, forward_input_struct
+from pjax.runner.forward import POOL_SPEC, jit_forward, jit_score, make_forward, make_score, shard_forward, shard_score
+from pjax.sampling.prompt_logprobs import scored_struct
+from pjax.sampling.vocabulary import Vocabulary
 
 PAGE_SIZE, MAX_LEN = 16, 8192
 LLAMA = {"model_type": "llama", "max_position_embeddings": MAX_LEN, "vocab_size": 128256, "num_key_value_heads": 8}
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 def make(
     model: str, mesh: Mesh, mode: str, bucket: Bucket, backend: str, *, pool_bytes: int, num_layers: int | None = None
 ) -> tuple[Any, tuple[Any, ...], Shares]:
-    """The jitted step in bfloat16 and its arguments' structs, with a pool of `pool_bytes` on each device; the model's shares."""
+    """The jitted forward program in bfloat16 and its arguments' structs, with a pool of `pool_bytes` on each device; the shares."""
     family, fields = MODELS[model]
     config = family.Config.from_hf(fields | ({} if num_layers is None else {"num_hidden_layers": num_layers}))
     shares = divide(lambda of: family.Model(of, dtype="bfloat16", layer_mode=mode), config, mesh)
@@ -51,16 +51,24 @@ def make(
     order: Any = pool_format(NamedSharding(mesh, POOL_SPEC))
     shape = pool_shape(own.num_layers, num_pages, PAGE_SIZE, own.num_kv_heads * shares.size, own.head_size)
 
-    def placed(struct: Any) -> Any:
-        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    forward = make_forward(shares.graph, structure, backend)
+    tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, MAX_LEN), jnp.int32), mesh)
+    pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
+    inputs = jax.tree.map(lambda struct: placed(struct, mesh), forward_input_struct(bucket, MAX_LEN // PAGE_SIZE))
+    return jit_forward(shard_forward(forward, shares), order), (leaves, pool, tokens, inputs), shares
 
-    step = make_step(shares.graph, structure, 32, backend, Vocabulary(MODEL_AXIS, config.vocab_size))
-    tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, MAX_LEN), jnp.int32))
-    arguments = (
-        leaves, jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order), tokens,
-        jax.tree.map(placed, input_struct(bucket, MAX_LEN // PAGE_SIZE, max_num_seqs=bucket.num_rows, vocab_size=config.vocab_size)),
-    )  # fmt: skip
-    return jit_step(shard_step(step, shares), order), arguments, shares
+
+def make_scoring(shares: Shares, vocab_size: int, hidden_size: int, num_tokens: int) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted program that scores prompt tokens, and its arguments' structs."""
+    leaves, structure = jax.tree.flatten(shares.abstract)
+    score = shard_score(make_score(shares.graph, structure, Vocabulary(MODEL_AXIS, vocab_size)), shares)
+    inputs = jax.ShapeDtypeStruct((num_tokens, hidden_size), jnp.bfloat16), scored_struct(num_tokens)
+    return jit_score(score), (leaves, *jax.tree.map(lambda struct: placed(struct, shares.mesh), inputs))
+
+
+def placed(struct: Any, mesh: Mesh) -> Any:
+    """The same on every device."""
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def own_bytes(shares: Shares) -> int:
@@ -80,8 +88,3 @@ def cycles_of_layers(text: str, shape: tuple[int, int], num_layers: int) -> floa
     most = max(text.split("\n\n"), key=lambda computation: len(pattern.findall(computation)))
     total = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', most)))
     return total / num_layers if len(pattern.findall(most)) > 2 else total
-
-
-def greedy(logits: jax.Array, positions: jax.Array, params: Any, max_logprobs: int, vocabulary: Vocabulary, *_: Any) -> Sampled:
-    """Stands in for `sampler.sample`, which is the same for every model and takes most of a step's compilation."""
-    return _without_logprobs(vocabulary.argmax(vocabulary.without_padding(logits)), max_logprobs)

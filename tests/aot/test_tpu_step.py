@@ -1,4 +1,4 @@
-"""The whole step of LLaMA models, compiled for one TPU: memory, and no copy of the pool."""
+"""The programs of a step, compiled for one TPU: memory, and no copy of the pool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pjax.runner.batch import Bucket
+from tests.aot import sample_program
 from tests.aot.llama_step import POOL_BYTES, make
 from tests.aot.tpu import HBM, chip
 
@@ -35,4 +36,17 @@ def test_step(generation: str, model: str, mode: str, bucket: Bucket) -> None:
     assert memory.temp_size_in_bytes < POOL_BYTES / 4
     assert memory.alias_size_in_bytes > 0.99 * POOL_BYTES
     assert memory.argument_size_in_bytes < 1.05 * weights + 1.15 * POOL_BYTES + (16 << 20)
-    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < HBM[generation]
+    own_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert memory.argument_size_in_bytes + own_outputs + memory.temp_size_in_bytes < HBM[generation]
+
+
+@pytest.mark.parametrize(("generation", "vocab_size"), [("v5e", 49152), ("v6e", 128256)])
+def test_sampling(generation: str, vocab_size: int) -> None:
+    """64 rows, of which some are sampled at a time."""
+    device = chip(generation)
+    program, arguments = sample_program.make(vocab_size, 64, SingleDeviceSharding(device))
+    with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
+        memory = program.lower(*arguments).compile().memory_analysis()
+    print(f"\n{generation} {vocab_size} tokens: temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB")
+    assert memory.temp_size_in_bytes < 4 * 64 * vocab_size * 4, "a few arrays of the size of the logits"
+    assert memory.alias_size_in_bytes == 64 * sample_program.MAX_LEN * 4, "the token table is updated in place"

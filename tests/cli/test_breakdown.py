@@ -27,8 +27,8 @@ HLO = """HloModule jit_decode_4
 
 FileNames
 1 "/x/pjax/models/llama.py"
-2 "/x/pjax/runner/step.py"
-3 "/x/pjax/runner/sampler.py"
+2 "/x/pjax/runner/forward.py"
+3 "/x/pjax/sampling/sampler.py"
 4 "/x/pjax/pallas_kernels/kv_write/xla.py"
 
 FileLocations
@@ -82,12 +82,14 @@ def test_a_real_trace(tmp_path: Path) -> None:
     run()
     found = break_down(llm, run)
     host = found.pop("host")
-    assert set(found) <= {bucket.name for bucket in llm.engine.runner.buckets} and "decode_4" in found
-    assert found["decode_4"]["steps"] == 4
-    for step in found.values():
-        assert sum(step[part] for part in PARTS) == pytest.approx(100)
-        assert all(step[part] > 0 for part in PARTS) and step["ms"] > 0
-    assert sum((host["ms"] + step["ms"]) * step["steps"] for step in found.values()) == pytest.approx(1e5)
+    forward = {name for name in found if not name.startswith("sample_")}
+    assert forward <= {bucket.name for bucket in llm.engine.runner.buckets} and set(found) - forward == {"sample_4"}
+    assert found["decode_4"]["steps"] == 4 and found["sample_4"]["steps"] == 5
+    for name, program in found.items():
+        assert sum(program[part] for part in PARTS) == pytest.approx(100) and program["ms"] > 0
+        found_parts = {part for part in PARTS if program[part] > 0}
+        assert found_parts == {"attention", "products", "rest"} if name in forward else found_parts >= {"sampling"}
+    assert 5 * host["ms"] + sum(program["ms"] * program["steps"] for program in found.values()) == pytest.approx(1e5)
     text = llm.engine.runner.compiled_texts()["decode_4"]
     parts = parts_of(text)
     kernels = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*custom_call_target=\"(pjax_\w+)", text, re.MULTILINE))
@@ -97,4 +99,5 @@ def test_a_real_trace(tmp_path: Path) -> None:
         ("pjax_kv_write", "attention"),
     }
     assert "pjax_product" in kernels.values()
-    assert {parts[name] for name in parts if "threefry" in name} <= {"sampling"}
+    sampling = parts_of(llm.engine.runner.compiled_texts()["sample_4"])
+    assert {sampling[name] for name in sampling if "threefry" in name} <= {"sampling"}

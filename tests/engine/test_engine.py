@@ -13,8 +13,10 @@ import pytest
 from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
 from pjax.config import EngineConfig
 from pjax.models.checkpoints.hf_folder import HFFolder
-from pjax.runner.rules import write_row, write_tokens
+from pjax.runner.batch import Bucket, SampleShape
+from pjax.runner.programs import Shape
 from pjax.runner.swap import COPY_SIZES
+from pjax.sampling.token_rules import write_row, write_tokens
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
 
@@ -32,14 +34,18 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     llm = LLM(folder, **OPTIONS | {"lazy": False})
     runner = llm.engine.runner
     warm = runner.num_compilations
-    assert warm == len(runner.buckets) + 2 * len(COPY_SIZES), "a step for each bucket; copies to the host and back"
+    decode = [bucket for bucket in runner.buckets if bucket.decode_only]
+    mixed = [bucket for bucket in runner.buckets if not bucket.decode_only]
+    programs = len(decode) + len(mixed), len(decode), len(mixed)  # forward; sample, of as many rows as decode; score
+    assert warm == sum(programs) + 2 * len(COPY_SIZES), "a program for each shape; copies to the host and back"
     writers = write_row, write_tokens
     sizes = [writer._cache_size() for writer in writers]  # type: ignore[attr-defined]
     for bucket in runner.buckets:
-        step = runner._compiled_step(bucket)
-        memory = step.memory_analysis()
-        assert memory.alias_size_in_bytes == runner._pages.nbytes + runner._tokens.nbytes, "the pool is updated in place"
-        always = step.as_text().partition("\nENTRY ")[2]
+        memory = runner.programs.get(bucket).memory_analysis()
+        assert memory.alias_size_in_bytes == runner._pages.nbytes, "the pool is updated in place"
+        sample = runner.programs.get(SampleShape(bucket.num_rows))
+        assert sample.memory_analysis().alias_size_in_bytes == runner._tokens.nbytes, "the token table is updated in place"
+        always = sample.as_text().partition("\nENTRY ")[2]
         assert always and " sort(" not in always and '"TopK"' not in always, "what no row asked for is computed for all"
     rng = np.random.default_rng(3)
     engine, left, most = llm.engine, 200, 0
@@ -222,23 +228,26 @@ def test_abort_frees_pages_and_leaves_others_alone(folder: Path, llm: LLM) -> No
     assert engine.scheduler.pool.num_used == 0
 
 
-def test_an_interrupted_step_costs_time_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after the pages were given away and before they came back."""
+@pytest.mark.parametrize("kind", [Bucket, SampleShape], ids=["forward", "sample"])
+def test_an_interrupted_step_costs_time_only(llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    """Ctrl-C after the pages, or the token table, were given away and before they came back."""
     engine, alone = llm.engine, ids(llm, "hello", greedy())
     engine.add_request("hello", greedy(), "kept")
     engine.step()
-    runner = engine.runner
-    whole = runner._compiled_step
+    programs = engine.runner.programs
+    whole = programs.get
 
-    def interrupted(bucket: Any) -> Any:
-        def step(*arguments: Any) -> Any:
-            whole(bucket)(*arguments)
-            raise KeyboardInterrupt
+    def interrupted(shape: Shape) -> Any:
+        def program(*arguments: Any) -> Any:
+            made = whole(shape)(*arguments)
+            if isinstance(shape, kind):
+                raise KeyboardInterrupt
+            return made
 
-        return step
+        return program
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_compiled_step", interrupted)
+        patch.setattr(programs, "get", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     engine.scheduler.check()

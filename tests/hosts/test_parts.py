@@ -26,7 +26,7 @@ from pjax.hosts.link import Link, secure
 from pjax.params import LogitRules
 from pjax.runner.batch import find_bucket, make_buckets, pack
 from pjax.runner.mirror import Mirror, NewRow
-from pjax.runner.sampling_arrays import SamplingTable
+from pjax.sampling.parameters import SamplingTable
 from pjax.scheduler import Scheduler
 from tests.hosts.hosts import free_port
 from tests.scheduler.test_scheduler import make_request

@@ -79,8 +79,8 @@ def main(what: str, folder: str, options: dict[str, Any]) -> None:
     elif what == "load":
         load(llm)
     elif what == "fail":  # a step that rank 0 alone can't do
-        llm.engine.runner._compiled.clear()
-        llm.engine.runner._compile = lambda bucket: 1 / 0
+        llm.engine.runner.programs._compiled.clear()
+        llm.engine.runner.programs.compile_it = lambda shape: 1 / 0
         load(llm)
     elif what == "exit":
         sys.exit(3)

@@ -17,9 +17,9 @@ from pjax.models.sharding import make_mesh
 from pjax.pallas_kernels import RaggedBatch, paged_attention
 from pjax.pallas_kernels.kv_write import write_targets
 from pjax.runner import ModelRunner, RunnerConfig
-from pjax.runner.batch import Bucket
-from pjax.runner.sampler import SamplingArrays, sample
-from pjax.runner.vocabulary import Vocabulary
+from pjax.runner.batch import Bucket, SampleShape, ScoreShape
+from pjax.sampling.sampler import SamplingArrays, sample
+from pjax.sampling.vocabulary import Vocabulary
 from tests.collectives import collectives
 from tests.models import hf
 from tests.pallas_kernels.paged_attention.suite import Feature, make_step
@@ -33,9 +33,9 @@ def test_two_sums_a_layer_and_no_other_collective(tmp_path: Path, family: str) -
     source = open_model(tmp_path, dtype="float32", layer_mode="unroll", mesh=make_mesh(size))
     sizes = {"num_pages": 8, "page_size": 4, "max_model_len": 32, "max_num_seqs": rows, "max_num_batched_tokens": tokens}
     runner = ModelRunner(source, RunnerConfig(**sizes, kv_cache_dtype="float32"))
-    found = collectives(runner._compile(Bucket(False, tokens, rows)).as_text())
-    assert found.count(("all-reduce", (tokens, hidden))) == 2 * layers + 1
-    rest = [one for one in found if one != ("all-reduce", (tokens, hidden))]
+    found = collectives(runner.programs.get(Bucket(False, tokens, rows)).as_text())
+    assert found == [("all-reduce", (tokens, hidden))] * (2 * layers + 1)
+    rest = [one for shape in (SampleShape(rows), ScoreShape(tokens)) for one in collectives(runner.programs.get(shape).as_text())]
     assert {kind for kind, _ in rest} == {"all-reduce", "all-gather"}
     for kind, shape in rest:  # of rows that sample, or of prompt tokens; a gather is of the likeliest for log-probabilities
         assert shape[0] in (rows, tokens), (kind, shape)

@@ -13,7 +13,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pjax.runner.rules import tables_struct
+from pjax.sampling.token_rules import tables_struct
 from tests.tiny import CONFIG, write_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.runner.batch import Bucket, find_bucket, make_buckets, pack
-from pjax.runner.sampling_arrays import SamplingTable
+from pjax.sampling.parameters import SamplingTable
 from pjax.scheduler import Request, StepPlan
 from tests.budget import examples
 
@@ -87,21 +87,22 @@ def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, c
     packed = pack(plan, tokens, block_tables, table, bucket)
     for array in jax.tree.leaves(packed):
         assert array.dtype in (np.int32, np.uint32, np.float32), "else the compiled step would not take it"
-    assert packed.batch.decode_only == bucket.decode_only
+    forward, sample = packed.forward, packed.sample
+    assert forward.batch.decode_only == bucket.decode_only
     named = {
-        "token_ids": packed.token_ids,
-        "row_starts": packed.batch.row_starts,
-        "kv_lens": packed.batch.kv_lens,
-        "block_tables": packed.batch.block_tables,
-        "num_decode": packed.batch.num_decode,
-        "sample_tokens": packed.sample_tokens,
-        "sample_positions": packed.sample_positions,
-        "num_samples": packed.num_samples,
-        "copies": packed.copies,
-        "num_copies": packed.num_copies,
+        "token_ids": forward.token_ids,
+        "row_starts": forward.batch.row_starts,
+        "kv_lens": forward.batch.kv_lens,
+        "block_tables": forward.batch.block_tables,
+        "num_decode": forward.batch.num_decode,
+        "sample_tokens": forward.sample_tokens,
+        "sample_positions": sample.positions,
+        "num_samples": forward.num_samples,
+        "copies": forward.copies,
+        "num_copies": forward.num_copies,
     }
     out = {name: np.asarray(array).tolist() for name, array in named.items()}
-    columns = [np.asarray(getattr(packed.sampling.unpack(), name)).tolist() for name in COLUMNS]
+    columns = [np.asarray(getattr(sample.params.unpack(), name)).tolist() for name in COLUMNS]
     out["sampling"] = [tuple(tuple(x) if isinstance(x, list) else x for x in values) for values in zip(*columns, strict=True)]
     return out
 

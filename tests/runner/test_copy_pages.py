@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.runner.step import copy_pages
+from pjax.runner.forward import copy_pages
 
 LAYERS, PAGES, SIZE, WIDTH = 3, 8, 4, 6
 

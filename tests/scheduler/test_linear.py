@@ -11,7 +11,8 @@ import pytest
 
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
-from pjax.runner.batch import SamplingTable, find_bucket, make_buckets, pack
+from pjax.runner.batch import find_bucket, make_buckets, pack
+from pjax.sampling.parameters import SamplingTable
 from pjax.scheduler import Request, Scheduler
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pjax.errors import ConfigError
-from pjax.runner.adjust import LogitsProcessor
-from pjax.runner.sampling_arrays import MAX_PROCESSORS
+from pjax.sampling.adjust import LogitsProcessor
+from pjax.sampling.parameters import MAX_PROCESSORS
 
 
 def check_processors(processors: Mapping[str, LogitsProcessor], num_rows: Sequence[int], length: int, vocab_size: int) -> None:

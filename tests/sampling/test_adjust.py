@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pjax.params import LogitRules, SamplingParams
-from pjax.runner.adjust import adjust_logits, needs_adjusting
-from pjax.runner.filters import filter_logits
-from pjax.runner.processors import check_processors
-from pjax.runner.rules import as_row, empty_tables, write_row
-from pjax.runner.sampling_arrays import SamplingTable, flags_of
+from pjax.sampling.adjust import adjust_logits, needs_adjusting
+from pjax.sampling.filters import filter_logits
+from pjax.sampling.parameters import SamplingTable, flags_of
+from pjax.sampling.processors import check_processors
+from pjax.sampling.token_rules import as_row, empty_tables, write_row
 from tests.budget import examples
-from tests.runner.reference_sampler import Row, adjusted, typical
-from tests.runner.test_sampler import check_frequencies, log, make_params, run, softmax
+from tests.sampling.reference_sampler import Row, adjusted, typical
+from tests.sampling.test_sampler import check_frequencies, log, make_params, run, softmax
 
 VOCAB, TABLE_ROWS, LENGTH = 75, 6, 300  # 75 tokens are no whole number of words of bits
 

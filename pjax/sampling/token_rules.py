@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 
 from pjax.params import LogitRules
 from pjax.params.limits import MAX_BAD_LENGTH, MAX_BAD_SEQUENCES, MAX_BIASED_TOKENS
-from pjax.runner.sampling_arrays import HAS_ALLOWED, HAS_BAD_SEQUENCES, HAS_BIAS, SamplingArrays
-from pjax.runner.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.parameters import HAS_ALLOWED, HAS_BAD_SEQUENCES, HAS_BIAS, SamplingArrays
+from pjax.sampling.vocabulary import WHOLE, Vocabulary
 
 WORD = 32  # tokens in one number
 BIAS_CHUNK = 64  # biased tokens added at a time

@@ -1,4 +1,4 @@
-"""Sampling inside the step, exact and per row: which token, and with what log-probability.
+"""Sampling on the device, exact and per row: which token, and with what log-probability.
 
 Whatever no row asks for is not computed; a batch that is greedy throughout pays for an argmax. The token is drawn by adding
 noise and taking the largest.
@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjax.runner.adjust import needs_adjusting
-from pjax.runner.filters import filter_logits
-from pjax.runner.prompt_logprobs import PromptScores
-from pjax.runner.sampling_arrays import SamplingArrays
-from pjax.runner.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.adjust import needs_adjusting
+from pjax.sampling.filters import filter_logits
+from pjax.sampling.parameters import SamplingArrays
+from pjax.sampling.vocabulary import WHOLE, Vocabulary
 
 Adjust = Callable[[jax.Array, jax.Array, SamplingArrays], jax.Array]
 """Logits [S, V], the positions [S] of the tokens to be sampled and the rows' parameters to logits."""
@@ -35,7 +34,6 @@ class Sampled:
     ranks: jax.Array  # int32 [S], 1 is the likeliest
     top_tokens: jax.Array  # int32 [S, max_logprobs]
     top_logprobs: jax.Array  # float32 [S, max_logprobs]
-    prompt: PromptScores | None = None
 
 
 def sample(
@@ -45,6 +43,7 @@ def sample(
     max_logprobs: int,
     vocabulary: Vocabulary = WHOLE,
     adjust: Adjust | None = None,
+    num_rows: jax.Array | None = None,
 ) -> Sampled:
     """A token for each row of float32 logits [S, V], or of a device's share of them, as `vocabulary` says.
 
@@ -55,6 +54,7 @@ def sample(
       positions: int32 [S], the position that the sampled token will have: with the row's seed it decides its draw.
       max_logprobs: how many of the likeliest tokens to report when any row asks for log-probabilities.
       adjust: what is done to the logits of rows that `needs_adjusting`, before temperature; log-probabilities are those before it.
+      num_rows: int32 [], how many rows count, the first ones; by default all. The tokens of the others mean nothing.
     """
     logits = vocabulary.without_padding(logits)
     asked = jnp.any((params.temperature > 0) | (params.num_logprobs >= 0))
@@ -62,18 +62,19 @@ def sample(
         asked |= needs_adjusting(positions, params)
 
     def in_blocks() -> Sampled:
-        num_rows = len(positions)
-        if num_rows <= ROWS:
+        size = len(positions)
+        if size <= ROWS:
             return _sample_block(logits, positions, params, max_logprobs, vocabulary, adjust)
 
         def block(index: jax.Array, sampled: Sampled) -> Sampled:
-            first = jnp.minimum(index * ROWS, num_rows - ROWS)  # the last block may do some rows again
+            first = jnp.minimum(index * ROWS, size - ROWS)  # the last block may do some rows again
             one, at, of = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, ROWS), (logits, positions, params))
             made = _sample_block(one, at, of, max_logprobs, vocabulary, adjust)
             written: Sampled = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, first, 0), sampled, made)
             return written
 
-        return lax.fori_loop(0, -(-num_rows // ROWS), block, _without_logprobs(jnp.zeros((num_rows,), jnp.int32), max_logprobs))
+        num_blocks = ((size if num_rows is None else num_rows) + ROWS - 1) // ROWS
+        return lax.fori_loop(0, num_blocks, block, _without_logprobs(jnp.zeros((size,), jnp.int32), max_logprobs))
 
     return lax.cond(asked, in_blocks, lambda: _without_logprobs(vocabulary.argmax(logits), max_logprobs))
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from pjax.runner.filters import filter_logits
-from pjax.runner.sampler import Sampled, sample
-from pjax.runner.sampling_arrays import SamplingArrays
+from pjax.sampling.filters import filter_logits
+from pjax.sampling.parameters import SamplingArrays
+from pjax.sampling.sampler import Sampled, sample
 
 VOCABS = (1, 2, 5, 255, 256, 257, 1000)
 P = np.array([0.4, 0.3, 0.2, 0.1])

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjax.runner.rules import NOWHERE, RuleTables, apply_bad_sequences, apply_rules, has
-from pjax.runner.sampling_arrays import FIRST_PROCESSOR, HAS_BAD_SEQUENCES, SamplingArrays
-from pjax.runner.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.parameters import FIRST_PROCESSOR, HAS_BAD_SEQUENCES, SamplingArrays
+from pjax.sampling.token_rules import NOWHERE, RuleTables, apply_bad_sequences, apply_rules, has
+from pjax.sampling.vocabulary import WHOLE, Vocabulary
 
 LogitsProcessor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 COUNTED = 128  # tokens of each row counted at a time

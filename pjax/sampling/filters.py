@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pjax.runner.sampling_arrays import SamplingArrays
-from pjax.runner.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.parameters import SamplingArrays
+from pjax.sampling.vocabulary import WHOLE, Vocabulary
 
 MASKED = -jnp.inf
 
