@@ -202,7 +202,7 @@ class LLMEngine:
         self.runner.set_params(given)
         if restart:
             self.scheduler.preempt_all()
-        self.scheduler.kv.forget()
+        self.scheduler.kv.begin_epoch()
 
     def prefetch(self) -> None:
         """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""

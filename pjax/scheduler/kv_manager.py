@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
 
 from pjax.scheduler.page_pool import PagePool
 from pjax.scheduler.prefix import page_keys
-from pjax.scheduler.request import Request
+from pjax.scheduler.request import MIXED, Request
 from pjax.scheduler.swap import SwapSpace
 from pjax.scheduler.table import SequenceTable
 
@@ -23,6 +22,8 @@ class KVManager:
         self.swap = swap
         self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
+        self.epoch = 0
+        """Of the weights that steps run with; part of every page's key."""
         self._table = table
         self._copies: dict[Request, tuple[int, int]] = {}  # pages that the coming step copies: from, to
         self._pages: dict[Request, list[int]] = {}
@@ -78,7 +79,7 @@ class KVManager:
         self._num_remembered[other] = self._num_remembered[request]
         self._table.block_tables[other.row, : len(pages)] = pages
         other.num_computed = request.num_computed
-        other.page_keys = list(request.page_keys)
+        other.page_keys, other.epoch = list(request.page_keys), request.epoch
 
     def find_cached(self, request: Request) -> list[int]:
         """Pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
@@ -86,7 +87,9 @@ class KVManager:
         None where the prompt's log-probabilities are wanted, for they are computed with it.
         Whole pages only: where the last page is cached too, it is computed again into a page of the request's own.
         """
-        if not self.enable_prefix_caching or request.scores_prompt:
+        if request.epoch != self.epoch and not self.swap.num_tokens(request):
+            request.epoch, request.page_keys = self.epoch, []  # all its tokens are computed with the newest weights
+        if not self.enable_prefix_caching or request.scores_prompt or request.epoch == MIXED:
             return []
         found = []
         limit = (request.num_tokens - 1) // self.page_size
@@ -134,18 +137,23 @@ class KVManager:
         """
         count = num_tokens // self.page_size
         known = self._num_remembered[request]
-        if count <= known or not self.enable_prefix_caching:
+        if count <= known or not self.enable_prefix_caching or request.epoch == MIXED:
             return
         keys, pages = page_keys(request, self.page_size, count), self._pages[request]
         for index in range(known, count):
             self.pool.remember(pages[index], keys[index])
         self._num_remembered[request] = count
 
-    def forget(self) -> None:
-        """Nobody finds any page any more, nor those that running requests will fill: they stand on pages of the past."""
+    def begin_epoch(self) -> None:
+        """Steps run with other weights from now on: nobody finds a page of before, nor what running requests add to theirs.
+
+        What is saved of preempted requests is dropped; they are computed again.
+        """
+        self.epoch += 1
         self.pool.forget()
         self.swap.forget()
-        self._num_remembered = dict.fromkeys(self._num_remembered, sys.maxsize)
+        for request in self._pages:
+            request.epoch, request.page_keys = MIXED, []
 
     def release(self, request: Request) -> None:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""

@@ -158,6 +158,7 @@ class Lifecycle:
             other.status = RequestStatus.FOLLOWING
         other.num_computed, other.num_cached_tokens = 0, request.num_cached_tokens
         other.output_token_ids, other.page_keys = list(request.output_token_ids), list(request.page_keys)
+        other.epoch = request.epoch
         self.kv.swap.fork(request, other)
         if request.status is not RequestStatus.RUNNING:
             self._free_row(other)

@@ -1,4 +1,4 @@
-"""Keys of full pages: a page's key names its tokens and all tokens before it, so equal keys mean equal keys and values."""
+"""Keys of full pages: a page's key names the weights, its tokens and all tokens before it, so equal keys mean equal keys and values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from array import array
 from pjax.scheduler.request import Request
 
 
-def root_key(cache_salt: str | None) -> bytes:
-    """What the first page's key is made from. Requests of different salts never share a page."""
-    return hashlib.blake2b(b"" if cache_salt is None else b"salt" + cache_salt.encode(), digest_size=32).digest()
+def root_key(cache_salt: str | None, epoch: int) -> bytes:
+    """What the first page's key is made from. Requests of different salts, or of different weights, never share a page."""
+    salt = b"" if cache_salt is None else b"salt" + cache_salt.encode()
+    return hashlib.blake2b(epoch.to_bytes(8, "little") + salt, digest_size=32).digest()
 
 
 def page_keys(request: Request, page_size: int, num_pages: int) -> list[bytes]:
@@ -21,7 +22,7 @@ def page_keys(request: Request, page_size: int, num_pages: int) -> list[bytes]:
     """
     keys = request.page_keys
     for index in range(len(keys), num_pages):
-        parent = keys[-1] if keys else root_key(request.cache_salt)
+        parent = keys[-1] if keys else root_key(request.cache_salt, request.epoch)
         tokens = array("i", request.tokens_between(index * page_size, (index + 1) * page_size))
         keys.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest())
     return keys

@@ -9,6 +9,9 @@ from pjax.outputs import RequestMetrics
 from pjax.params import LogitRules, SamplingParams
 from pjax.scheduler.beam import BeamSearch, Candidates
 
+MIXED = -1
+"""Epoch of a request that went on with its pages when the weights were updated: nobody else may have those pages."""
+
 
 class RequestStatus(Enum):
     """Waiting has no row and no pages; running has both; finished has neither.
@@ -64,6 +67,8 @@ class Request:
     candidates: Candidates | None = None
     """Of a beam that has caught up: what may follow."""
     status: RequestStatus = RequestStatus.WAITING
+    epoch: int = 0
+    """The weights that its pages are computed with, a number that grows with each update; MIXED of several."""
     page_keys: list[bytes] = field(default_factory=list)
     """Of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None

@@ -95,6 +95,22 @@ def test_update_between_steps(folders: tuple[Path, Path], expected: list[Any], a
         engine.scheduler.check()
 
 
+def test_pages_that_were_saved_reach_nobody_after_an_update(folders: tuple[Path, Path], expected: list[Any]) -> None:
+    """A request goes on with pages of the old parameters, is preempted, and comes back with them."""
+    llm = LLM(folders[0], **OPTIONS, preemption_mode="swap", swap_space=1 << 20)
+    engine = llm.engine
+    engine.add_request(PROMPTS[1], PARAMS)
+    for _ in range(3):
+        engine.step()
+    engine.update_params(models.load(folders[1], layer_mode="loop", progress=False))
+    engine.scheduler.sequences.preempt(engine.scheduler.sequences.running.last)
+    engine.step()
+    assert engine.scheduler.kv.swap.num_restored_pages > 0
+    while engine.has_unfinished_requests:
+        engine.step()
+    assert tokens(llm) == expected[1]
+
+
 def test_what_does_not_fit_is_named(folders: tuple[Path, Path]) -> None:
     llm = LLM(folders[0], **OPTIONS)
     good = nnx.to_pure_dict(llm.engine.params)

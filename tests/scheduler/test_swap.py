@@ -148,13 +148,48 @@ def test_nothing_stays_saved_of_what_ended_or_was_lost(how: str) -> None:
     elif how == "finish":
         scheduler.finish(a, "stop")
     elif how == "forget":
-        scheduler.kv.forget()
+        scheduler.kv.begin_epoch()
     else:
         scheduler.preempt_all()
     scheduler.check()
     assert pool.num_used == 0
     if how in ("forget", "fail"):
         assert step(scheduler).starts.tolist() == [0], "what was saved is of no use any more"
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_pages_of_earlier_weights_are_nobody_elses(mode: str) -> None:
+    """Of a request that goes on with them and is preempted then: neither its pages nor its slots are found, unless all is computed anew."""
+    prompt = [*range(1, 10)]
+    (a,), (b,), (c,) = (make_requests(name, prompt) for name in "abc")
+    scheduler = make(a, preemption_mode=mode)
+    step(scheduler)
+    scheduler.kv.begin_epoch()
+    scheduler.sequences.preempt(a)
+    assert step(scheduler).starts.tolist() == ([9] if mode == "swap" else [0])
+    scheduler.abort("a")
+    scheduler.add(b)
+    assert step(scheduler).starts.tolist() == ([0] if mode == "swap" else [8])
+    scheduler.sequences.preempt(b)
+    evict_all(scheduler)
+    plan = step(scheduler)
+    assert len(plan.swap_ins) == (3 if mode == "swap" else 0), "its own pages, with the newest weights"
+    scheduler.add(c)
+    assert step(scheduler).starts.tolist() == [10, 8], "those of today are found"
+
+
+def test_keys_of_a_waiting_request_are_those_of_the_weights_it_will_run_with() -> None:
+    """It looked for cached pages, did not fit, and waits while the weights are updated."""
+    (a,), (b,) = make_requests("a", [*range(1, 10)], max_tokens=30), make_requests("b", [*range(20, 60)], max_tokens=8)
+    scheduler = make(a)
+    step(scheduler)
+    scheduler.add(b)
+    assert step(scheduler).requests == [a] and b.page_keys, "no room for both"
+    keys = list(b.page_keys)
+    scheduler.kv.begin_epoch()
+    scheduler.abort("a")
+    assert step(scheduler).starts.tolist() == [0]
+    assert b.epoch == scheduler.kv.epoch and not set(b.page_keys) & set(keys)
 
 
 def test_the_rule() -> None:
