@@ -6,8 +6,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from pjax.config import EngineConfig
 from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
+from pjax.engine.interrupts import uninterrupted
 from pjax.engine.opening import TokenizerOf, bytes_to_come, open_source, open_tokenizer
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
@@ -33,11 +35,12 @@ from pjax.outputs import RequestOutput
 from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, can_keep, use_compilation_cache
-from pjax.scheduler import Request, Scheduler, StepPlan
+from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
 
 log = logging.getLogger(__name__)
 
 ASSUMED_COPY_RATE = 5e9  # bytes per second between device and host, until it is measured
+LONG_PAUSE = 0.005  # seconds between two calls of `step`
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,15 @@ class Prepared:
     requests: list[Request]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Step:
     """A step on its way."""
 
     plan: StepPlan
     running: InFlight
     started: float
+    is_timed: bool = True
+    """Whether the time from its start to its end is the step's own: no program was compiled meanwhile, and nobody paused."""
 
 
 class LLMEngine:
@@ -125,9 +130,9 @@ class LLMEngine:
         self._counters = Counters()
         self._in_flight: deque[_Step] = deque()
         self._ready: list[RequestOutput] = []  # of steps that ended between two calls
-        self._last_end = 0.0
+        self._last_end = self._last_return = 0.0
         self.on_step: Callable[[StepStats], None] | None = None
-        """Called with each step's figures."""
+        """Called with each step's figures. An exception of it is logged, and changes nothing."""
         self._last_plan: StepPlan | None = None
         if not config.lazy:
             self.runner.warmup(progress=progress)
@@ -314,8 +319,11 @@ class LLMEngine:
 
     @property
     def scheduled_last(self) -> set[str]:
-        """Ids of the requests in the newest step."""
-        return set() if self._last_plan is None else {request.request_id for request in self._last_plan.requests}
+        """Ids of the unfinished requests in the newest step."""
+        if self._last_plan is None:
+            return set()
+        # An id may belong to another request by now.
+        return {request.request_id for request in self._last_plan.requests if request.status is not RequestStatus.FINISHED}
 
     def step(self) -> list[RequestOutput]:
         """Waits for one step and returns the requests that got a token, finished ones included; or those whose time is up.
@@ -326,30 +334,66 @@ class LLMEngine:
         if expired := self.scheduler.expire(time.monotonic()):
             ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
             return ready + [self._views.output(request_id) for request_id in expired]
+        self._note_pause()
+        with self._recovery():
+            # While a program is being compiled, the next step may need it: the tokens in flight would wait for that too.
+            ahead = self.config.async_scheduling and not self.runner.programs.is_compiling
+            while len(self._in_flight) < 1 + ahead and (plan := self._plan()) is not None:
+                self._dispatch(plan)
+            if self._in_flight:
+                self._end_oldest()
+        while self._in_flight and not self.scheduler.has_work:
+            self.scheduler.drop(self._in_flight.popleft().plan)
+        self._last_return = time.monotonic()
+        outputs, self._ready = self._ready, []
+        return outputs
+
+    @contextmanager
+    def _recovery(self) -> Iterator[None]:
+        """Queues every running request again when what is done in here fails: nothing is lost but time.
+
+        That holds for Ctrl-C too. Outputs that are ready stay for the next step.
+        """
         try:
-            ahead = (
-                self.config.async_scheduling and not self.runner.programs.is_compiling
-            )  # else the tokens in flight would wait for that too
-            while len(self._in_flight) < 1 + ahead and (plan := self.scheduler.schedule()) is not None:
-                self._wait_for_weights()
-                self._last_plan = plan
-                started = time.monotonic()
-                table = self.scheduler.table
-                self._in_flight.append(_Step(plan, self.runner.dispatch(plan, table.tokens, table.block_tables), started))
-            result = self.runner.fetch(self._in_flight[0].running) if self._in_flight else None
-        except BaseException as error:  # Ctrl-C too: nothing is lost but time
+            yield
+        except BaseException as error:
             self._in_flight.clear()
             if self.hosts is not None:
                 raise_of_hosts(self.hosts, error)
             self.runner.restore_pages()
             self.scheduler.preempt_all()
             raise
-        outputs, self._ready = self._ready, []
-        if result is not None:
-            outputs += self._commit(self._in_flight.popleft(), result)
-        while self._in_flight and not self.scheduler.has_work:
-            self.scheduler.drop(self._in_flight.popleft().plan)
-        return outputs
+
+    def _plan(self) -> StepPlan | None:
+        with uninterrupted():
+            return self.scheduler.schedule()
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        self._wait_for_weights()
+        self._last_plan = plan
+        table, num_compilations = self.scheduler.table, self.runner.num_compilations
+        started = time.monotonic()
+        running = self.runner.dispatch(plan, table.tokens, table.block_tables)
+        self._in_flight.append(_Step(plan, running, started))
+        if self.runner.num_compilations > num_compilations:
+            self._forget_times()
+
+    def _end_oldest(self) -> None:
+        """Waits for the oldest step and commits it. Where the device fails, nothing has changed."""
+        step = self._in_flight[0]
+        result = self.runner.fetch(step.running)
+        with uninterrupted():  # Ctrl-C between two requests would leave some of them without their token
+            self._in_flight.popleft()
+            self._ready += self._commit(step, result)
+
+    def _note_pause(self) -> None:
+        """A step that ended while nobody called says nothing about its time."""
+        if self._in_flight and time.monotonic() - self._last_return > LONG_PAUSE and self._in_flight[0].running.has_ended:
+            self._forget_times()
+
+    def _forget_times(self) -> None:
+        for step in self._in_flight:
+            step.is_timed = False
 
     def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         now, plan = time.monotonic(), step.plan
@@ -361,18 +405,29 @@ class LLMEngine:
             self._count(request)
             changed[request.request_id] = None
         self._counters.num_steps += 1
-        seconds = now - max(step.started, self._last_end)
+        outputs = [self._views.output(request_id) for request_id in changed]
+        seconds = now - max(step.started, self._last_end) if step.is_timed else None
         prefill = int(plan.counts[plan.num_decode :].sum())
-        self.scheduler.kv.swap.cost.observe_step(prefill, plan.num_tokens, seconds)
-        if self.on_step is not None:
-            self.on_step(StepStats(seconds, prefill, plan.num_decode, len(plan.rows)))
+        if seconds is not None:
+            self.scheduler.kv.swap.cost.observe_step(prefill, plan.num_tokens, seconds)
         self._last_end = now
-        return [self._views.output(request_id) for request_id in changed]
+        self._tell(StepStats(seconds, prefill, plan.num_decode, len(plan.rows)))
+        return outputs
+
+    def _tell(self, stats: StepStats) -> None:
+        """Calls `on_step`; what fails there is the caller's, and no request's."""
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(stats)
+        except Exception:
+            log.exception("on_step failed; requests go on")
 
     def _drain(self) -> None:
         """Ends what is in flight; the next step returns its outputs."""
-        while self._in_flight:
-            self._ready += self._commit(step := self._in_flight.popleft(), self.runner.fetch(step.running))
+        with self._recovery():
+            while self._in_flight:
+                self._end_oldest()
 
     def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
         if request.beam is None:

@@ -12,8 +12,11 @@ import numpy.typing as npt
 class StepStats:
     """What one step did."""
 
-    seconds: float
-    """From the end of the step before, or from its own dispatch if the device was idle, to its tokens on the host."""
+    seconds: float | None
+    """From the end of the step before, or from its own dispatch if the device was idle, to its tokens on the host.
+
+    None where that is not the step's time: a program was compiled meanwhile, or nobody called `step` for a while.
+    """
     num_prefill_tokens: int
     """Of rows with more than one token."""
     num_decode_tokens: int

@@ -66,7 +66,8 @@ class Views:
             assert scores is not None
             request = plan.requests[index]
             group = self._groups.get(request.request_id)
-            if group is not None and group.prompt_logprobs is not None:
+            # An id may belong to another request by now.
+            if group is not None and group.sequences[request.index].request is request and group.prompt_logprobs is not None:
                 count, detokenize = request.params.prompt_logprobs or 0, request.params.detokenize
                 for place, position in enumerate(range(start + 1, end + 1), first):
                     row = (scores.logprobs[place], scores.ranks[place], scores.top_tokens[place], scores.top_logprobs[place])

@@ -83,9 +83,18 @@ class InFlight:
     wants_logprobs: bool
     num_scored: int
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(array.is_ready() for array in jax.tree.leaves(self._last))
+
     def wait(self) -> None:
         """Until it has ended. An exception of the device comes here."""
-        jax.block_until_ready((self.logits if self.sampled is None else self.sampled.tokens, self.prompt))
+        jax.block_until_ready(self._last)
+
+    @property
+    def _last(self) -> Any:
+        return self.logits if self.sampled is None else self.sampled.tokens, self.prompt
 
 
 class ModelRunner:

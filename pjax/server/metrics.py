@@ -64,7 +64,8 @@ class ServerMetrics:
     def on_step(self, step: StepStats) -> None:
         """Measures a step, in the engine's thread."""
         phase = "decode" if not step.num_prefill_tokens else "mixed" if step.num_decode_tokens else "prefill"
-        self._steps[phase].observe(step.seconds)
+        if step.seconds is not None:
+            self._steps[phase].observe(step.seconds)
         self._step_tokens.observe(step.num_prefill_tokens + step.num_decode_tokens)
 
     def observer(self) -> RequestObserver:

@@ -1,0 +1,195 @@
+"""What fails in a step, at any point of it, costs time and nothing else; requests are told apart though they share an id."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pjax import LLM, LLMEngine, RequestOutput, SamplingParams
+from pjax.engine import StepStats
+from pjax.engine.engine import LONG_PAUSE
+from tests.engine import common
+from tests.engine.common import greedy, ids
+
+OPTIONS: dict[str, Any] = common.OPTIONS
+REQUESTS: dict[str, tuple[str, SamplingParams]] = {
+    "greedy": ("hello", greedy(12)),
+    "sampled": ("world", SamplingParams(temperature=1, seed=1, max_tokens=10, ignore_eos=True)),
+    "scored": ("a longer prompt, of several pages", greedy(6, prompt_logprobs=2, logprobs=1)),
+    "two": ("both", SamplingParams(n=2, temperature=0.8, seed=3, max_tokens=8, ignore_eos=True)),
+}
+
+
+def seen(output: RequestOutput) -> Any:
+    """All of an output that a caller may rely on."""
+    chosen = [None if one is None else {token: entry.rank for token, entry in one.items()} for one in output.prompt_logprobs or ()]
+    return [(one.text, one.token_ids, one.finish_reason) for one in output.outputs], chosen
+
+
+def add_all(engine: LLMEngine) -> None:
+    for name, (prompt, params) in REQUESTS.items():
+        engine.add_request(prompt, params, name)
+
+
+def run(engine: LLMEngine, failures: tuple[type[BaseException], ...] = ()) -> dict[str, Any]:
+    """Steps to the end, through failures; what each request got last."""
+    done: dict[str, Any] = {}
+    for _ in range(300):
+        if not engine.has_unfinished_requests:
+            break
+        try:
+            done |= {output.request_id: seen(output) for output in engine.step() if output.finished}
+        except failures:
+            engine.scheduler.check()
+    engine.scheduler.check()
+    assert not engine.has_unfinished_requests and engine.scheduler.pool.num_used == 0, "something hangs"
+    return done
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> dict[str, Any]:
+    add_all(llm.engine)
+    found = run(llm.engine)
+    assert set(found) == set(REQUESTS)
+    return found
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, fail: Callable[[], None], *, after: bool) -> list[int]:
+    """Makes one call of a method fail, before or after it did its work; counts the calls."""
+    whole, calls = getattr(owner, name), [0]
+
+    def method(*arguments: Any, **fields: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not after:
+            fail()
+        made = whole(*arguments, **fields)
+        if calls[0] == call and after:
+            fail()
+        return made
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+def raise_error() -> None:
+    raise RuntimeError("injected")
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", [1, 4])
+@pytest.mark.parametrize(
+    ("part", "method"), [("scheduler", "schedule"), ("runner", "dispatch"), ("runner", "_start"), ("runner", "fetch")], ids=str
+)
+def test_a_failed_step_loses_nothing(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int, after: bool
+) -> None:
+    calls = fail_at(monkeypatch, getattr(llm.engine, part), method, call, raise_error, after=after)
+    add_all(llm.engine)
+    assert run(llm.engine, (RuntimeError,)) == expected
+    assert calls[0] > call
+
+
+@pytest.mark.parametrize("call", [1, 6])
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [("scheduler", "schedule"), ("scheduler.sequences", "append"), ("_views", "observe"), ("_views", "output"), ("runner", "fetch")],
+    ids=str,
+)
+def test_ctrl_c_loses_nothing(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int
+) -> None:
+    """Wherever it comes: while some requests have their token, and others do not, it waits."""
+    owner: Any = llm.engine
+    for name in part.split("."):
+        owner = getattr(owner, name)
+    fail_at(monkeypatch, owner, method, call, press_ctrl_c, after=False)
+    add_all(llm.engine)
+    interrupted: list[int] = []
+    step = llm.engine.step
+
+    def counted() -> list[RequestOutput]:
+        try:
+            return step()
+        except KeyboardInterrupt:
+            interrupted.append(1)
+            raise
+
+    monkeypatch.setattr(llm.engine, "step", counted)
+    assert run(llm.engine, (KeyboardInterrupt,)) == expected
+    assert interrupted == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_callback_that_fails_is_the_callers_business(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(llm.engine, "on_step", lambda stats: raise_error())
+    add_all(llm.engine)
+    assert run(llm.engine) == expected
+    assert "on_step failed" in caplog.text
+
+
+def test_an_update_whose_drain_fails_changes_nothing(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step under way is computed again, and the parameters are those of before."""
+    engine = llm.engine
+    add_all(engine)
+    engine.step()
+    assert engine._in_flight, "a step is under way"
+    before = engine.params
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "fetch", lambda step: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.update_params(before)
+    engine.scheduler.check()
+    assert run(engine) == expected
+
+
+def test_an_id_that_is_used_again_while_its_step_is_under_way(llm: LLM) -> None:
+    """The first one's prompt is longer, and its log-probabilities come with a step that ends after the second was added."""
+    engine, (prompt, params) = llm.engine, REQUESTS["scored"]
+    short = greedy(3, prompt_logprobs=1)
+    engine.add_request("abc", short, "alone")
+    alone = run(engine)["alone"]
+    engine.add_request("hello", greedy(2), "first")
+    engine.step()
+    engine.add_request(prompt, params, "again")
+    engine.step()
+    assert any(request.request_id == "again" for step in engine._in_flight for request in step.plan.requests)
+    engine.abort_request("again")
+    assert "again" not in engine.scheduled_last
+    engine.add_request("abc", short, "again")
+    assert "again" not in engine.scheduled_last, "this one has not been scheduled yet"
+    assert run(engine)["again"] == alone
+
+
+def test_steps_that_were_not_timed_alone_have_no_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program was compiled, or the caller came back long after the step had ended."""
+    engine, told = llm.engine, list[StepStats]()
+    ids(llm, "hello", greedy(6))  # all is compiled
+    monkeypatch.setattr(engine, "on_step", told.append)
+    ids(llm, "hello", greedy(6))
+    assert len(told) == 6 and all(stats.seconds is not None and stats.seconds > 0 for stats in told)
+    told.clear()
+    engine.runner.programs._compiled.clear()
+    ids(llm, "hello", greedy(6))
+    assert [stats.seconds is None for stats in told[:2]] == [True, True] and told[-1].seconds is not None
+    told.clear()
+    for start in (1, 31):
+        engine.add_request([*range(start, start + 30)], greedy(4))
+    engine.step()
+    cost = engine.scheduler.kv.swap.cost
+    before = cost.seconds_per_token
+    engine._in_flight[0].running.wait()
+    time.sleep(3 * LONG_PAUSE)
+    engine.step()
+    assert told[-1].seconds is None and told[-1].num_prefill_tokens > 0
+    assert cost.seconds_per_token == before
+    run(engine)
