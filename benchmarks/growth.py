@@ -142,7 +142,9 @@ def main() -> None:
     limit = max(CONTEXTS)
     for kind, points in places.items():
         longest = min(-(-(max(context for _, context in points) + STEPS + 1) // 16) * 16, limit)
-        llm = LLM(model, dtype=args.dtype, max_model_len=longest, max_num_seqs=max(rows for rows, _ in points), progress=False)
+        llm = LLM(
+            model, dtype=args.dtype, max_model_len=longest, max_num_seqs=max(rows for rows, _ in points), warmup="all", progress=False
+        )
         limit = min(limit, llm.engine.model_config.max_position)
         for num_rows, context in tqdm(points, desc=kind):
             context = min(context, longest - STEPS - 1) if context == longest else context

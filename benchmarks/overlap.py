@@ -22,22 +22,23 @@ STEP = "ThunkExecutor::Execute (wait for completion)"
 CLIENT = "tf_XLAPjRtCpuClient"
 
 
-def steps_of(folder: str) -> list[tuple[float, float]]:
-    """(start, end) in nanoseconds of every step in the newest trace, one after the other."""
+def programs_of(folder: str, num_steps: int) -> list[tuple[float, float]]:
+    """(start, end) in nanoseconds of the programs of the last `num_steps` steps in the newest trace, forward and sample in turns."""
     file = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     lines = [line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines if line.name.startswith(CLIENT)]
     found = sorted((event.start_ns, event.start_ns + event.duration_ns) for line in lines for event in line.events if event.name == STEP)
     longest = max(end - start for start, end in found)
-    return [step for step in found if step[1] - step[0] > longest / 100]  # the sums and copies between them are not steps
+    first = [start for start, end in found if end - start > longest / 20][-num_steps]  # forward programs are the long ones
+    return [program for program in found if program[0] >= first]
 
 
-def busy_share(steps: list[tuple[float, float]]) -> float:
-    """Share of the time from the first step's start to the last one's end in which one runs."""
-    busy, until = 0.0, steps[0][0]
-    for start, end in steps:
+def busy_share(programs: list[tuple[float, float]]) -> float:
+    """Share of the time from the first program's start to the last one's end in which one runs."""
+    busy, until = 0.0, programs[0][0]
+    for start, end in programs:
         busy += max(end - max(start, until), 0)
         until = max(until, end)
-    return busy / (until - steps[0][0])
+    return busy / (until - programs[0][0])
 
 
 def measure(llm: LLM, num_seqs: int, num_tokens: int, seed: int) -> tuple[float, float]:
@@ -49,8 +50,8 @@ def measure(llm: LLM, num_seqs: int, num_tokens: int, seed: int) -> tuple[float,
         llm.start_profile(folder)
         llm.generate(prompts, params, use_tqdm=False)
         llm.stop_profile()
-        steps = steps_of(folder)[-(num_tokens - 1) :]
-    return busy_share(steps), (steps[-1][1] - steps[0][0]) / len(steps) / 1e6
+        programs = programs_of(folder, num_tokens - 1)
+    return busy_share(programs), (programs[-1][1] - programs[0][0]) / (num_tokens - 1) / 1e6
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """What the host spends on a step: schedule, pack and commit, without a device.
 
 Milliseconds of CPU time, which a busy machine disturbs less than the clock, of a batch that is full; the median and the best of
-many steps. Decode alone, and with a prompt taken in and a
-request ended every few steps. Each size also with many requests waiting.
+many steps. Decode alone, and with a prompt taken in and a request ended every few steps. Each size also with many requests waiting.
+With --prompt-len all prompts are so long, and steps that take them in do not count: what a step costs should not depend on it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pjax.scheduler import Request, Scheduler
 Times = tuple[float, float, float]
 
 
-def make_request(number: int, rng: np.random.Generator, max_tokens: int) -> Request:
-    """A prompt of 1 to 300 tokens."""
+def make_request(number: int, rng: np.random.Generator, max_tokens: int, prompt_len: int) -> Request:
+    """A prompt of so many tokens; of 1 to 300 where that is 0."""
     return Request(
         request_id=str(number),
-        prompt_token_ids=rng.integers(0, 30000, rng.integers(1, 300)).tolist(),
+        prompt_token_ids=rng.integers(0, 30000, prompt_len or rng.integers(1, 300)).tolist(),
         params=SamplingParams(max_tokens=max_tokens),
         max_tokens=max_tokens,
         stop_token_ids=frozenset(),
@@ -37,15 +37,16 @@ def make_request(number: int, rng: np.random.Generator, max_tokens: int) -> Requ
     )
 
 
-def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator) -> Iterator[tuple[str, Times]]:
+def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator, prompt_len: int) -> Iterator[tuple[str, Times]]:
     """Steps of a full batch: whether it decodes alone, and what schedule, pack and commit took, in milliseconds."""
-    budget = max(512, 2 * count)
-    scheduler = Scheduler(num_pages=count * 64, page_size=16, max_model_len=2048, max_num_seqs=count, max_num_batched_tokens=budget)
+    budget = max(512, 2 * count, 8192 if prompt_len else 0)
+    length, num_pages = prompt_len + 2048, count * (64 + -(-prompt_len // 16))
+    scheduler = Scheduler(num_pages=num_pages, page_size=16, max_model_len=length, max_num_seqs=count, max_num_batched_tokens=budget)
     buckets, sampling = make_buckets(count, budget), SamplingTable(count)
     numbers, left = itertools.count(), num_steps
     while left:
-        while scheduler.num_running + scheduler.num_waiting < count + max(waiting, 8):
-            scheduler.add(make_request(next(numbers), rng, max_tokens=int(rng.integers(200, 700))))
+        while scheduler.num_running + scheduler.num_waiting < count + max(waiting, 0 if prompt_len else 8):
+            scheduler.add(make_request(next(numbers), rng, int(rng.integers(200, 700)) + 300 * bool(prompt_len), prompt_len))
         times = [time.thread_time()]
         plan = scheduler.schedule()
         times.append(time.thread_time())
@@ -57,7 +58,7 @@ def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator) ->
         times.append(time.thread_time())
         scheduler.commit(plan, rng.integers(1, 30000, len(plan.sampled)), 0.0)
         times.append(time.thread_time())
-        if plan.num_decode >= count - 8 and scheduler.num_running >= count - 8:
+        if plan.num_decode >= count - 8 and scheduler.num_running >= count - 8 and (bucket.decode_only or not prompt_len):
             schedule, packing, commit = (1e3 * (b - a) for a, b in itertools.pairwise(times))
             yield ("decode" if bucket.decode_only else "mixed"), (schedule, packing, commit)
             left -= 1
@@ -68,13 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--waiting", type=int, nargs="+", default=[0, 10_000])
+    parser.add_argument("--prompt-len", type=int, default=0, help="tokens of every prompt (default: 1 to 300)")
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     print("running waiting kind   steps   schedule  pack    both (best)      commit")
     for count in args.sequences:
         for waiting in args.waiting:
             kinds: dict[str, list[Times]] = {}
-            for kind, times in steps(count, waiting, args.steps, np.random.default_rng(0)):
+            for kind, times in steps(count, waiting, args.steps, np.random.default_rng(0), args.prompt_len):
                 kinds.setdefault(kind, []).append(times)
             for kind, rows in sorted(kinds.items()):
                 table = np.array(rows)

@@ -88,7 +88,7 @@ def main() -> None:
     from pjax import LLM
 
     model = args.model or demo_model(parser)
-    options: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": args.requests, "num_pages": 64 * args.requests}
+    options: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": args.requests, "num_pages": 64 * args.requests, "warmup": "all"}
     options["enable_prefix_caching"] = False  # or else every round but the first would find its prompts computed
     llm = LLM(model, **options)
     url, server, thread = serve(model, options)

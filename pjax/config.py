@@ -12,6 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYER_MODES = ("auto", "unroll", "scan", "loop")
 ATTENTION_BACKENDS = ("native", "tpu", "triton", "mosaic_gpu", "xla", "reference")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
+WARMUPS = ("background", "all", "none")
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -50,8 +51,11 @@ class EngineConfig:
     """Requests without a seed of their own take one from this and their number."""
     layer_mode: str = "auto"
     """How the layers run: "unroll", "scan" (compiles fastest, runs slower) or "loop"; auto is loop on a CPU, else unroll."""
+    warmup: str = "background"
+    """When the programs of steps are compiled: "background", all of them while requests run, what these need first; "all", before the
+    first request; "none", each when it is first needed. With "all" a CPU's pool takes its memory at once, else as it fills."""
     lazy: bool = False
-    """Compile a step when it is first needed, not all before the first request; on a CPU the pool takes memory as it fills."""
+    """The same as `warmup` "none"."""
     compilation_cache_dir: str | None = "auto"
     """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
     tensor_parallel_size: int = 1
@@ -112,6 +116,8 @@ class EngineConfig:
             raise ConfigError(f"layer_mode is {self.layer_mode!r}, but must be one of {', '.join(LAYER_MODES)}")
         if self.preemption_mode not in PREEMPTION_MODES:
             raise ConfigError(f"preemption_mode is {self.preemption_mode!r}, but must be one of {', '.join(PREEMPTION_MODES)}")
+        if self.warmup not in WARMUPS:
+            raise ConfigError(f"warmup is {self.warmup!r}, but must be one of {', '.join(WARMUPS)}")
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(f"page_size is {self.page_size!r}, but must be one of {', '.join(map(str, PAGE_SIZES))}")
         if not 0 < self.memory_share <= 1:
@@ -152,6 +158,13 @@ class EngineConfig:
         num_seqs, num_tokens = (64, 512) if platform == "cpu" else (256, 2048)
         tokens = self.max_num_batched_tokens or max(num_tokens, self.max_num_seqs or 0)
         return replace(self, max_num_seqs=self.max_num_seqs or min(num_seqs, tokens), max_num_batched_tokens=tokens)
+
+    @property
+    def warmup_mode(self) -> str:
+        """`warmup`, or what it comes to: "none" where `lazy` is set, and "all" instead of the background where several hosts run."""
+        if self.lazy:
+            return "none"
+        return "all" if self.warmup == "background" and self.nnodes > 1 else self.warmup
 
     @property
     def step_sizes(self) -> tuple[int, int]:

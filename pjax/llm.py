@@ -16,6 +16,7 @@ from pjax.errors import ConfigError, InvalidRequestError
 from pjax.logs import show_logs
 from pjax.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
+from pjax.scheduler.beam import score
 from pjax.text.chat_template import read_template
 from pjax.text.tokenizer import Tokenizer
 
@@ -134,8 +135,7 @@ class LLM:
             for prompt, one, level in zip(listed, params, priorities, strict=True):
                 prompt, cache_salt = _salted(prompt)
                 ids.append(self.engine.add_request(prompt, one, cache_salt=cache_salt, priority=level, timeout=timeout))
-            if self.engine.config.lazy:
-                self.engine.prefetch()
+            self.engine.prefetch()
         except BaseException:
             for request_id in ids:
                 self.engine.abort_request(request_id)
@@ -164,7 +164,7 @@ class LLM:
                     tokens=tokens,
                     text=self.engine.tokenizer.decode(tokens) if self.engine.tokenizer else "",
                     cum_logprob=cum_logprob,
-                    score=cum_logprob / len(found.token_ids) ** params.length_penalty,
+                    score=score(cum_logprob, len(found.token_ids), params.length_penalty),
                     finish_reason=found.finish_reason or "length",
                 )
             )

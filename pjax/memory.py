@@ -27,8 +27,8 @@ def choose_num_pages(
       weight_bytes: of the weights that are still to be loaded, on one device.
       devices: that have a pool each; JAX's first one by default.
 
-    Raises ConfigError when not even one page fits, or on a CPU, unless the engine is lazy, when what is asked for does not: a warm-up
-    takes all of it.
+    Raises ConfigError when not even one page fits, or on a CPU with `warmup` "all", which takes all of it, when what is asked for
+    does not.
     """
     one = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
     is_cpu = jax.default_backend() == "cpu"
@@ -39,8 +39,10 @@ def choose_num_pages(
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
         asked = config.kv_cache_memory // one
     if asked is not None:
-        if is_cpu and not config.lazy and asked * one > left:
-            raise ConfigError(f"the page pool is {asked * one} bytes, but {int(left)} are free; with lazy=True it takes memory as it fills")
+        if is_cpu and config.warmup_mode == "all" and asked * one > left:
+            raise ConfigError(
+                f"the page pool is {asked * one} bytes, but {int(left)} are free; it takes memory as it fills where warmup is not 'all'"
+            )
         return asked
     free = left * config.memory_share * (CPU_SHARE if is_cpu else 1)
     useful = -(-max_model_len // config.page_size) * config.step_sizes[0]

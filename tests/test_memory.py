@@ -37,10 +37,13 @@ def test_a_cpu_must_have_what_is_asked_for_unless_lazy(asked: dict[str, int], mo
         config = EngineConfig(**asked, **fields).for_platform("cpu")
         return memory.choose_num_pages(config, MODEL, "float32", 1024, weight_bytes=PAGE, devices=devices)
 
-    assert chosen(8 * PAGE) == chosen(0, lazy=True) == chosen(16 * PAGE, num_devices=2) == 7
+    assert chosen(0, lazy=True) == chosen(0, warmup="background") == 7
+    assert chosen(8 * PAGE, warmup="all") == chosen(16 * PAGE, num_devices=2, warmup="all") == 7
     for too_little in ({"free": 8 * PAGE - 1}, {"free": 16 * PAGE - 2, "num_devices": 2}):
-        with pytest.raises(ConfigError, match=f"the page pool is {7 * PAGE} bytes, but {7 * PAGE - 1} are free; with lazy=True"):
-            chosen(**too_little)
+        with pytest.raises(
+            ConfigError, match=f"the page pool is {7 * PAGE} bytes, but {7 * PAGE - 1} are free; it takes memory as it fills"
+        ):
+            chosen(**too_little, warmup="all")
 
 
 def write_group(folder: Path, limit: object, used: int, cached: int, *, version: int = 2) -> None:

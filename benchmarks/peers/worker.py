@@ -26,7 +26,7 @@ def pjax(model: str, dtype: str) -> Run:
     """The engine of this project; lazy where the time to the first token is measured, else made ready before it is used, as the others."""
     from pjax import LLM, BeamSearchParams, SamplingParams
 
-    llm = LLM(model, dtype=dtype, max_model_len=MAX_LEN, max_num_seqs=MAX_SEQS, lazy=IS_LAZY, progress=False)
+    llm = LLM(model, dtype=dtype, max_model_len=MAX_LEN, max_num_seqs=MAX_SEQS, warmup="none" if IS_LAZY else "all", progress=False)
 
     def run(prompts: list[Ids], num_out: list[int], n: int, beam: int) -> list[Ids]:
         if beam:

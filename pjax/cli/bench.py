@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
     serve.add_argument("--model", metavar="NAME", help="the name that the server knows (default: its first)")
     serve.add_argument("--vocab-size", type=size, default=10_000, metavar="N", help="random tokens are below this (default: 10000)")
     for sub in (latency, throughput):
-        add_model(sub)
+        add_model(sub, warmup="all")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -134,11 +134,13 @@ class LLMEngine:
         self.on_step: Callable[[StepStats], None] | None = None
         """Called with each step's figures. An exception of it is logged, and changes nothing."""
         self._last_plan: StepPlan | None = None
-        if not config.lazy:
+        if config.warmup_mode == "all":
             self.runner.warmup(progress=progress)
             if copied := self.runner.measure_swap():
                 self.scheduler.kv.swap.cost.observe_copy(*copied)
-        if not config.lazy or self.hosts is not None:
+        elif config.warmup_mode == "background":
+            self.runner.warm_in_background()
+        if config.warmup_mode != "none" or self.hosts is not None:
             self._wait_for_weights()
 
     def _choose_sizes(self, source: ModelSource, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
@@ -210,7 +212,7 @@ class LLMEngine:
         self.scheduler.kv.begin_epoch()
 
     def prefetch(self) -> None:
-        """Starts compiling, in the background, the steps that the waiting requests will need first. For lazy engines."""
+        """Starts compiling, in the background, the steps that the waiting requests will need first."""
         lengths = self.scheduler.waiting_lengths()
         (most, budget), total = self.config.step_sizes, sum(lengths)
         rows = min(self.scheduler.num_waiting_sequences, most)

@@ -31,6 +31,8 @@ class _Group:
     """The sequences of one prompt."""
 
     prompt: str | None
+    prompt_token_ids: list[int]
+    """A copy for callers, which all outputs share: a long prompt costs a step nothing."""
     sequences: list[SequenceView]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     """With the first one, which has none, and others missing as long as the prompt is not computed."""
@@ -57,7 +59,7 @@ class Views:
         scores: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             scores = [None] * len(first.prompt_token_ids)
-        self._groups[first.request_id] = _Group(prompt, [view(request) for request in requests], scores)
+        self._groups[first.request_id] = _Group(prompt, list(first.prompt_token_ids), [view(request) for request in requests], scores)
 
     def observe_prompt(self, plan: StepPlan, scores: PromptScores | None) -> None:
         """Takes the log-probabilities of prompt tokens that a step has computed; those computed again are the same."""
@@ -112,7 +114,7 @@ class Views:
         return RequestOutput(
             request_id=request_id,
             prompt=group.prompt,
-            prompt_token_ids=list(first.prompt_token_ids),
+            prompt_token_ids=group.prompt_token_ids,
             outputs=_completions(group.sequences) if first.beam is None else self._found(first.beam, group),
             finished=finished,
             prompt_logprobs=list(scores) if scores is not None and None not in scores[1:] else None,

@@ -79,6 +79,13 @@ class ScoreShape:
         return f"score_{self.num_tokens}"
 
 
+@dataclass(frozen=True)
+class WriteShape:
+    """A program that writes a row of a table on the device: "write_rules" or "write_tokens"."""
+
+    name: str
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ForwardInput:

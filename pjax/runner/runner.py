@@ -21,8 +21,8 @@ from pjax.machine import num_cpus
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
 from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touching, use_large_pages
-from pjax.params import MAX_CANDIDATES, LogitRules
-from pjax.runner.batch import Bucket, Ints, SampleShape, ScoreShape, find_bucket, forward_input_struct, make_buckets, pack
+from pjax.params import MAX_CANDIDATES
+from pjax.runner.batch import Bucket, Ints, SampleShape, ScoreShape, WriteShape, find_bucket, forward_input_struct, make_buckets, pack
 from pjax.runner.executables import Executables
 from pjax.runner.forward import LOGITS_SPEC, POOL_SPEC, jit_forward, jit_score, make_forward, make_score, shard_forward, shard_score
 from pjax.runner.mirror import COMPILE, Mirror, NewRow
@@ -34,12 +34,13 @@ from pjax.sampling.processors import check_processors
 from pjax.sampling.program import jit_sample, sample_input_struct
 from pjax.sampling.prompt_logprobs import PromptScores, scored_struct
 from pjax.sampling.sampler import ROWS, Sampled
-from pjax.sampling.token_rules import as_row, empty_tables, write_row, write_tokens, zeros
+from pjax.sampling.token_rules import as_row, empty_tables, tables_struct, write_row, write_tokens, zeros
 from pjax.sampling.vocabulary import WHOLE, Vocabulary
 from pjax.scheduler.plan import StepPlan
 
 Floats = npt.NDArray[np.float32]
 SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of a lazy engine's steps that go without large pages for the pool
+WRITE_RULES, WRITE_TOKENS = WriteShape("write_rules"), WriteShape("write_tokens")
 FEW_CORES = 2  # that one compilation keeps busy: the step that is needed first has them to itself
 
 
@@ -190,8 +191,10 @@ class ModelRunner:
         self._write_rows(new_rows)
         num_samples = len(plan.sample_rows)
         num_rows = max(len(plan.rows), num_samples)
-        bucket = find_bucket(self.buckets, plan.num_tokens, num_rows, plan.num_decode == len(plan.rows) and not plan.scored)
+        bucket = self._bucket_for(plan, num_rows)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
+        if num_samples:
+            self.prefetch(bucket)  # both at once
         forward = self.programs.get(bucket)
         sample = self.programs.get(SampleShape(bucket.num_rows)) if num_samples else None
         score = self.programs.get(ScoreShape(bucket.num_tokens)) if inputs.scored is not None else None
@@ -212,6 +215,19 @@ class ModelRunner:
             array.copy_to_host_async()
         return InFlight(logits, sampled, prompt, num_samples, wants_logprobs, num_scored)
 
+    def _bucket_for(self, plan: StepPlan, num_rows: int) -> Bucket:
+        """The smallest bucket that holds a plan; while programs are compiled in the background, the smallest that is there already."""
+        decode_only = plan.num_decode == len(plan.rows) and not plan.scored
+        best = find_bucket(self.buckets, plan.num_tokens, num_rows, decode_only)
+        if not self.programs.is_warming or self.programs.has(best, SampleShape(best.num_rows)):
+            return best
+        self.programs.hurry(best, SampleShape(best.num_rows))
+        for bucket in self.buckets:  # in the order of their sizes, those of decode rows first
+            is_large_enough = bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= num_rows
+            if is_large_enough and bucket.decode_only <= decode_only and self.programs.has(bucket, SampleShape(bucket.num_rows)):
+                return bucket
+        return best
+
     def _new_row(self, request: Any) -> NewRow | None:
         """Parameters, rules and earlier tokens of a request that is new in its row; None when it is not."""
         params, row = request.params, request.row
@@ -230,11 +246,11 @@ class ModelRunner:
         for new in new_rows:
             row = np.int32(new.row)
             if new.rules is not None:
-                self._rules = write_row(self._rules, row, as_row(new.rules, self._vocab_size))
+                self._rules = self.programs.get(WRITE_RULES)(self._rules, row, as_row(new.rules, self._vocab_size))
             if new.known is not None:
                 known = np.full(self.config.max_model_len, -1, np.int32)
                 known[: len(new.known)] = new.known
-                self._tokens = write_tokens(self._tokens, row, known)
+                self._tokens = self.programs.get(WRITE_TOKENS)(self._tokens, row, known)
 
     def fetch(self, step: InFlight) -> StepResult:
         """Waits for a step's tokens. An exception of the device comes here."""
@@ -280,20 +296,31 @@ class ModelRunner:
         """Compiles the programs of `buckets` (all by default) with a progress bar; a CPU's pool gets its memory meanwhile."""
         self._use_large_pages()
         with touching(self._pages):
-            row = np.int32(0)
-            self._rules = write_row(self._rules, row, as_row(LogitRules(), self._vocab_size))
-            self._tokens = write_tokens(self._tokens, row, np.full(self.config.max_model_len, -1, np.int32))
             if self._swap is not None:
                 self._swap.prefetch(self.programs.threads)
             self.programs.warmup(self._shapes(self.buckets if buckets is None else buckets), progress=progress)
             if self._swap is not None:
                 self._swap.warmup()
 
+    def warm_in_background(self) -> None:
+        """Starts compiling all programs in a thread of low priority; steps run meanwhile.
+
+        First comes what holds any plan, the largest bucket, so that there is always something to borrow; then what a single request
+        takes, and so on by size.
+        """
+        largest = self.buckets[-1]
+        first: list[Shape] = [largest, SampleShape(largest.num_rows)]
+        by_size = sorted(self.buckets, key=lambda bucket: (bucket.num_tokens, not bucket.decode_only))
+        each: list[Shape] = [shape for bucket in by_size for shape in (bucket, SampleShape(bucket.num_rows))]
+        scores: list[Shape] = [ScoreShape(bucket.num_tokens) for bucket in by_size if not bucket.decode_only]
+        self.programs.warm_in_background(dict.fromkeys([*first, *each, *scores, WRITE_RULES, WRITE_TOKENS]))
+
     def _shapes(self, buckets: Iterable[Bucket]) -> list[Shape]:
-        """Of all programs that steps of these buckets can take; those that every step takes come first."""
+        """Of all programs that steps of these buckets can take."""
         buckets = list(buckets)
         samples = dict.fromkeys(SampleShape(bucket.num_rows) for bucket in buckets)
-        return [*buckets, *samples, *(ScoreShape(bucket.num_tokens) for bucket in buckets if not bucket.decode_only)]
+        scores = (ScoreShape(bucket.num_tokens) for bucket in buckets if not bucket.decode_only)
+        return [*buckets, *samples, *scores, WRITE_RULES, WRITE_TOKENS]
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""
@@ -309,18 +336,22 @@ class ModelRunner:
     def prefetch_for(self, num_tokens: int, num_rows: int, *, decode_only: bool) -> None:
         """Starts compiling what a plan of this size would take; on few cores after what is needed before it."""
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
+        if self.programs.has(bucket, SampleShape(bucket.num_rows)):
+            return
         with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
             self.prefetch(bucket, in_turn=num_cpus() <= FEW_CORES)
 
     def _compile(self, shape: Shape) -> Any:
         """From disk, or compiled. Any thread may call it."""
-        executables = self._sample_executables if isinstance(shape, SampleShape) else self._executables
+        executables = self._executables if isinstance(shape, Bucket | ScoreShape) else self._sample_executables
         return executables.get(shape.name, partial(self._lower_and_compile, shape))
 
     def _lower_and_compile(self, shape: Shape) -> Any:
         if isinstance(shape, Bucket):
             return self._lower_forward(shape).compile()
-        return (self._lower_sample(shape) if isinstance(shape, SampleShape) else self._lower_score(shape)).compile()
+        if isinstance(shape, SampleShape):
+            return self._lower_sample(shape).compile()
+        return (self._lower_score(shape) if isinstance(shape, ScoreShape) else self._lower_write(shape)).compile()
 
     def _lower_forward(self, bucket: Bucket) -> Any:
         return jit_forward(self._forward, self._pool_format, bucket.name).lower(*self._forward_structs(bucket))
@@ -342,6 +373,15 @@ class ModelRunner:
         hidden = jax.ShapeDtypeStruct((shape.num_tokens, self._hidden.shape[1]), self._hidden.dtype)
         inputs = self._placed((hidden, scored_struct(shape.num_tokens)))
         return jit_score(self._score, shape.name).lower(self._abstract_params, *inputs)
+
+    def _lower_write(self, shape: WriteShape) -> Any:
+        row = jax.ShapeDtypeStruct((), jnp.int32)
+        if shape == WRITE_TOKENS:
+            known = jax.ShapeDtypeStruct((self.config.max_model_len,), jnp.int32)
+            return write_tokens.lower(self._tokens_struct, *self._placed((row, known)))
+        tables = tables_struct(self.config.max_num_seqs, self._vocab_size)
+        one = jax.tree.map(lambda table: jax.ShapeDtypeStruct(table.shape[1:], table.dtype), tables)
+        return write_row.lower(*self._placed((tables, row, one)))
 
     @cached_property
     def _hidden(self) -> Any:

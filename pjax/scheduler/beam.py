@@ -23,6 +23,12 @@ def num_candidates(beam_width: int, num_eos: int) -> int:
     return max(2, 1 + num_eos) * beam_width
 
 
+def score(cum_logprob: float, length: int, length_penalty: float) -> float:
+    """cum_logprob / length ** length_penalty, as torch divides: a power beyond float64 is infinite or 0, and raises nothing."""
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
+        return float(np.float64(cum_logprob) / np.float64(length) ** np.float64(length_penalty))
+
+
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
     """A finished sequence."""
@@ -75,17 +81,14 @@ class BeamSearch:
                     going.append((beam, token))
                     cum_logprobs.append(total)
             elif rank < self.width:
-                ended.append(Hypothesis(self._score(float(total), length), float(total), [*outputs[beam], token], is_end))
+                ended.append(
+                    Hypothesis(score(float(total), length, self.params.length_penalty), float(total), [*outputs[beam], token], is_end)
+                )
         # All that end in one step are compared at once; of equals the earlier stays. Sorting is stable.
         self.finished = sorted([*self.finished, *ended], key=lambda hypothesis: -hypothesis.score)[: self.width]
         self.cum_logprobs = np.array(cum_logprobs, np.float32)
         self.done = not going or self._is_decided(length)
         return [] if self.done else going
-
-    def _score(self, cum_logprob: float, length: int) -> float:
-        """As torch divides: a power beyond float64 is infinite or 0, and raises nothing."""
-        with np.errstate(over="ignore", under="ignore", divide="ignore"):
-            return float(np.float64(cum_logprob) / np.float64(length) ** np.float64(self.params.length_penalty))
 
     def _is_decided(self, length: int) -> bool:
         """Whether no beam that goes on is thought to beat the finished ones."""
@@ -94,5 +97,5 @@ class BeamSearch:
         if self.params.early_stopping is True:
             return True
         hopeful = self.params.early_stopping == "never" and self.params.length_penalty > 0
-        best = self._score(float(self.cum_logprobs[0]), self.max_tokens if hopeful else length)
+        best = score(float(self.cum_logprobs[0]), self.max_tokens if hopeful else length, self.params.length_penalty)
         return best <= self.finished[-1].score

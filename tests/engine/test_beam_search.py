@@ -146,12 +146,15 @@ def test_a_length_penalty_beyond_all_bounds_harms_nobody(llm: LLM, penalty: floa
     alone = llm.generate(PROMPTS, params, use_tqdm=False)
     engine = llm.engine
     names = [engine.add_request(prompt, params) for prompt in PROMPTS]
-    beams = engine.add_request(PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=penalty))
+    params_of_beams = BeamSearchParams(beam_width=3, max_tokens=6, length_penalty=penalty)
+    beams = engine.add_request(PROMPTS[0], params_of_beams)
     done: dict[str, Any] = {}
     while engine.has_unfinished_requests:
         done |= {output.request_id: output for output in engine.step() if output.finished}
     assert [done[name].outputs[0].token_ids for name in names] == [output.outputs[0].token_ids for output in alone]
     assert len(done[beams].outputs) == 3 and all(1 <= len(one.token_ids) <= 6 for one in done[beams].outputs)
+    (searched,) = llm.beam_search(PROMPTS[:1], params_of_beams)
+    assert {one.score for one in searched.sequences if one.tokens[len(PROMPTS[0]) :][1:]} <= {-0.0, -float("inf")}
 
 
 def test_the_prompt_is_computed_once_and_pages_are_shared(llm: LLM) -> None:

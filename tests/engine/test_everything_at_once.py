@@ -26,7 +26,7 @@ def test_greedy_tokens_do_not_change_and_nothing_compiles(tmp_path: Path, mode: 
     beams = BeamSearchParams(beam_width=3, max_tokens=10)
     expected_beams = [output.sequences for output in alone.beam_search(prompts[:6], beams)]
 
-    llm = LLM(folder, **TIGHT | {"lazy": False}, preemption_mode=mode)
+    llm = LLM(folder, **TIGHT | {"lazy": False, "warmup": "all"}, preemption_mode=mode)
     engine, warm = llm.engine, llm.engine.runner.num_compilations
     names: dict[str, int] = {}
     for index, prompt in enumerate(prompts):
