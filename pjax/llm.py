@@ -164,8 +164,9 @@ class LLM:
                     tokens=tokens,
                     text=self.engine.tokenizer.decode(tokens) if self.engine.tokenizer else "",
                     cum_logprob=cum_logprob,
-                    score=cum_logprob / len(found.token_ids) ** params.length_penalty,
+                    score=cum_logprob / max(len(found.token_ids), 1) ** params.length_penalty,
                     finish_reason=found.finish_reason or "length",
+                    stop_reason=found.stop_reason,
                 )
             )
         return BeamSearchOutput(sequences)

@@ -147,6 +147,14 @@ class KVManager:
         self.swap.forget()
         self._num_remembered = dict.fromkeys(self._num_remembered, sys.maxsize)
 
+    def distrust(self, request: Request) -> None:
+        """Nobody finds the pages that a request has to itself any more: they may hold NaN. Those that others share stay theirs."""
+        for page_id in self.pages_of(request):
+            if self.pool.num_owners(page_id) == 1:
+                self.pool.unname(page_id)
+        if request in self._num_remembered:
+            self._num_remembered[request] = sys.maxsize
+
     def release(self, request: Request) -> None:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""
         self.pool.free(reversed(self._pages.pop(request, [])))
