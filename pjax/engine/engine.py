@@ -117,7 +117,7 @@ class LLMEngine:
             eos_token_ids=frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ()),
             max_model_len=self.max_model_len,
             max_num_seqs=config.step_sizes[0],
-            seed=config.seed,
+            seed=config.seed or 0,
             logits_processors=frozenset(config.logits_processors),
         )
         self._views = Views(self.tokenizer)
