@@ -73,13 +73,9 @@ class Vocabulary:
         return lax.pmin(first, self.axis)
 
     def pick(self, x: jax.Array) -> jax.Array:
-        """int32 [S]: as `argmax`, but NOT_FINITE for rows with NaN or +inf, or with nothing but -inf.
-
-        NaN is made +inf on the way: XLA's maxima drop it on some CPUs. The value at the index found then tells.
-        """
-        x = _without_nan(x)
+        """int32 [S]: as `argmax`, but NOT_FINITE for rows with NaN or +inf, or with nothing but -inf."""
         own = first_of_the_largest(x)
-        best = jnp.take_along_axis(x, own[:, None], axis=-1)[:, 0]
+        best = jnp.where(has_nan(x), jnp.inf, jnp.take_along_axis(x, own[:, None], axis=-1)[:, 0])
         if self.axis is None:
             return jnp.where(jnp.isfinite(best), own, NOT_FINITE)
         largest = lax.pmax(best, self.axis)
@@ -88,7 +84,8 @@ class Vocabulary:
 
     def can_pick(self, x: jax.Array) -> jax.Array:
         """bool [S]: whether `pick` gives a token."""
-        return jnp.isfinite(self.max(_without_nan(x)))
+        largest = jnp.where(has_nan(x), jnp.inf, x.max(axis=-1))
+        return jnp.isfinite(largest if self.axis is None else lax.pmax(largest, self.axis))
 
     def take(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         """[S]: of each row the value of its token."""
@@ -122,9 +119,20 @@ class Vocabulary:
         return weights / self.sum(weights)[:, None]
 
 
-def _without_nan(x: jax.Array) -> jax.Array:
-    """x with +inf instead of NaN."""
-    return jnp.where(x < jnp.inf, x, jnp.inf)
+def has_nan(x: jax.Array) -> jax.Array:
+    """bool [S]: whether a row of x [S, V] has NaN.
+
+    The largest value does not tell: XLA's maxima of many rows drop NaN on CPUs. Sums keep it and are as fast there, 0.1 ms for float32
+    [32, 49152] on two cores; a sum is NaN too where +inf meets -inf, so then each value is looked at.
+    """
+
+    def plain(x: jax.Array) -> jax.Array:
+        return jnp.any(jnp.isnan(x), axis=-1)
+
+    def by_sums(x: jax.Array) -> jax.Array:
+        return lax.cond(jnp.any(jnp.isnan(jnp.sum(x, axis=-1))), plain, lambda x: jnp.zeros(x.shape[:1], bool), x)
+
+    return lax.platform_dependent(x, cpu=by_sums, default=plain)
 
 
 WHOLE = Vocabulary()

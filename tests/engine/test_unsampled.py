@@ -175,6 +175,16 @@ def test_pages_of_a_failed_request_are_not_found_again(folder: Path, llm: LLM) -
     assert second.num_cached_tokens == 0 and second.outputs[0].token_ids == expected
 
 
+def test_a_page_that_the_last_step_fills_is_not_found_again_either(llm: LLM, tmp_path: Path) -> None:
+    """The first generated token is the sixteenth of the page, and the one whose keys and values are NaN."""
+    prompt = list(range(60, 75))
+    [token] = ids(llm, [prompt], greedy(1))
+    bad = LLM(write_damaged(tmp_path, token), **OPTIONS)
+    for count in (6, 2):  # the first compiles; then the last step is under way before the first token is known
+        assert bad.generate([prompt], greedy(count), use_tqdm=False)[0].outputs[0].finish_reason == "error"
+    assert bad.engine.scheduler.pool.num_kept == 0
+
+
 def test_callers_of_async_llm_see_the_error_as_the_last_output(damaged_folder: Path, expected: list[list[int]]) -> None:
     async def last(llm: AsyncLLM, prompt: list[int]) -> RequestOutput:
         outputs = [output async for output in llm.generate(prompt, greedy(10))]
