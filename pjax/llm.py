@@ -97,6 +97,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generates for every prompt, in one continuous batch; outputs come in the order of the prompts.
 
+        A sequence whose next token cannot be sampled, because its logits are NaN or infinite, has `finish_reason` "error" and the message
+        as its `stop_reason`; the others are not affected.
+
         Args:
           prompts: text, a list of texts, a list of token ids, or a list of such lists; instead of a text or a list of ids also
             vLLM's {"prompt": text} and {"prompt_token_ids": ids}, with a "cache_salt" if wanted, and arrays instead of lists of ids.
