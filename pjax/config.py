@@ -47,8 +47,9 @@ class EngineConfig:
     """Bytes of host memory for such pages; by default what the page pool takes, at most 4 GiB and a tenth of what is free."""
     seconds_per_priority: float = 60.0
     """A request of one level of priority less is served as if it had come so much earlier: those of a poor priority don't starve."""
-    seed: int = 0
-    """Requests without a seed of their own take one from this and their number."""
+    seed: int | None = None
+    """Requests without a seed of their own take one from this and their number. By default 0 for engines of a program, which so repeat
+    their samples, and a random one for servers, which the log names: replicas must not all give the same samples."""
     layer_mode: str = "auto"
     """How the layers run: "unroll", "scan" (compiles fastest, runs slower) or "loop"; auto is loop on a CPU, else unroll."""
     warmup: str = "background"
@@ -122,7 +123,7 @@ class EngineConfig:
             raise ConfigError(f"page_size is {self.page_size!r}, but must be one of {', '.join(map(str, PAGE_SIZES))}")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(f"memory_share is {self.memory_share!r}, but must be in (0, 1]")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63):
             raise ConfigError(f"seed is {self.seed!r}, but must be an integer in [0, 2**63)")
         if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, but must be >= max_num_seqs {self.max_num_seqs}")

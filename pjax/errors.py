@@ -5,7 +5,7 @@
     ├── InvalidRequestError    (ValueError)           one request is wrong; nobody else is affected
     ├── CheckpointError        (ValueError)           a checkpoint is missing, damaged or not what its config says
     ├── QueueFullError         (RuntimeError)         too many requests wait already; try again later
-    ├── RequestFailedError     (RuntimeError)         steps with this request failed; the engine goes on
+    ├── RequestFailedError     (RuntimeError)         steps with this request failed, or gave no token; the engine goes on
     ├── EngineDeadError        (RuntimeError)         the engine died, or is shut down
     └── UnsupportedError       (NotImplementedError)  right, but not supported; the message names what is
 
@@ -39,7 +39,7 @@ class QueueFullError(PjaxError, RuntimeError):
 
 
 class RequestFailedError(PjaxError, RuntimeError):
-    """Steps with this request failed again and again; it was given up, and the engine goes on without it."""
+    """Steps with this request failed again and again, or its next token could not be sampled; the engine goes on without it."""
 
 
 class EngineDeadError(PjaxError, RuntimeError):

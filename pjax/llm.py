@@ -98,6 +98,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generates for every prompt, in one continuous batch; outputs come in the order of the prompts.
 
+        A sequence whose next token cannot be sampled, because its logits are NaN or infinite, has `finish_reason` "error" and the message
+        as its `stop_reason`; the others are not affected.
+
         Args:
           prompts: text, a list of texts, a list of token ids, or a list of such lists; instead of a text or a list of ids also
             vLLM's {"prompt": text} and {"prompt_token_ids": ids}, with a "cache_salt" if wanted, and arrays instead of lists of ids.
@@ -164,8 +167,9 @@ class LLM:
                     tokens=tokens,
                     text=self.engine.tokenizer.decode(tokens) if self.engine.tokenizer else "",
                     cum_logprob=cum_logprob,
-                    score=score(cum_logprob, len(found.token_ids), params.length_penalty),
+                    score=score(cum_logprob, max(len(found.token_ids), 1), params.length_penalty),
                     finish_reason=found.finish_reason or "length",
+                    stop_reason=found.stop_reason,
                 )
             )
         return BeamSearchOutput(sequences)

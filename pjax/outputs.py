@@ -25,9 +25,10 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """"stop" (end of sequence, stop token or stop string), "length", "abort", "timeout"; None while running."""
+    """"stop" (end of sequence, stop token or stop string), "length", "abort", "timeout", or "error", where no next token could be
+    sampled; None while running."""
     stop_reason: int | str | None = None
-    """The stop token or stop string that ended it; None for the end-of-sequence token."""
+    """The stop token or stop string that ended it; None for the end-of-sequence token. Of an "error" it is the message."""
 
 
 @dataclass(slots=True)
@@ -75,8 +76,9 @@ class BeamSearchSequence:
     score: float
     """cum_logprob / number of generated tokens ** length_penalty."""
     finish_reason: str
-    """"stop" (end of sequence) or "length"."""
+    """"stop" (end of sequence), "length", or "error", where some beam's next token could not be sampled."""
     stop_reason: int | str | None = None
+    """The message of an "error"."""
 
 
 @dataclass(slots=True)

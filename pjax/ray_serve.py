@@ -128,7 +128,7 @@ class Replica:
 
         _, config = read(args)
         logs.set_up(config.log_level, config.log_format)
-        self.config = lifecycle.with_template(config)
+        self.config = lifecycle.with_seed(lifecycle.with_template(config))
         self.llm = lifecycle.open_engine(self.config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

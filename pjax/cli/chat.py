@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pjax.cli.flags import Parser
 from pjax.cli.talk import Message, Partner, ServerError, add_partner, open_partner
-from pjax.errors import InvalidRequestError
+from pjax.errors import InvalidRequestError, RequestFailedError
 
 HELP = """/help            this
 /reset           forget the conversation
@@ -96,7 +96,7 @@ class Chat:
                 first, count = first or time.monotonic(), count + 1
                 answer += piece
                 print(piece, end="", flush=True)
-        except (InvalidRequestError, ServerError) as error:
+        except (InvalidRequestError, RequestFailedError, ServerError) as error:
             _tell(str(error))
             if not answer:
                 self.messages.pop()

@@ -10,7 +10,7 @@ import sys
 
 from pjax.cli.flags import Parser
 from pjax.cli.talk import Partner, add_partner, open_partner
-from pjax.errors import InvalidRequestError
+from pjax.errors import InvalidRequestError, RequestFailedError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             try:
                 _continue(partner, line)
-            except InvalidRequestError as error:
+            except (InvalidRequestError, RequestFailedError) as error:
                 print(f"pjax complete: {error}", file=sys.stderr)
             except KeyboardInterrupt:
                 print()

@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Streams the completions."""
+    """Streams the completions; 1 when the next token of one could not be sampled, else 0."""
     if needs := [name for name, value in (("--system", args.system), ("--chat-template", args.chat_template)) if value is not None]:
         if not args.chat:
             args.parser.error(f"{', '.join(needs)}: no use without --chat")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stats:
         print_stats(outputs, engine.runner.num_compilations)
     engine.close()
-    return 0
+    return int(any(output.outputs[0].finish_reason == "error" for output in outputs))  # the engine's warning says why
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

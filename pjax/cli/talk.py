@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pjax.cli.common import ONE_HOST, add_model, add_sampling, open_engine, sampling_params
 from pjax.cli.flags import Parser
-from pjax.errors import InvalidRequestError, PjaxError
+from pjax.errors import InvalidRequestError, PjaxError, RequestFailedError
 
 Message = dict[str, str]
 
@@ -73,9 +73,11 @@ class Local:
         try:
             while self._engine.has_unfinished_requests:
                 for output in self._engine.step():
-                    text = output.outputs[0].text
-                    yield text[shown:]
-                    shown = len(text)
+                    answer = output.outputs[0]
+                    yield answer.text[shown:]
+                    shown = len(answer.text)
+                    if answer.finish_reason == "error":
+                        raise RequestFailedError(str(answer.stop_reason))
         finally:
             self._engine.abort_request(request_id)
 

@@ -122,7 +122,7 @@ class LLMEngine:
             eos_token_ids=frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ()),
             max_model_len=self.max_model_len,
             max_num_seqs=config.step_sizes[0],
-            seed=config.seed,
+            seed=config.seed or 0,
             logits_processors=frozenset(config.logits_processors),
         )
         self._views = Views(self.tokenizer)
@@ -432,7 +432,9 @@ class LLMEngine:
                 self._end_oldest()
 
     def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
-        if request.beam is None:
+        if request.finish_reason == "error":
+            self._views.fail(request, int(result.tokens[index]))
+        elif request.beam is None:
             stop = self._views.observe(request, result, index)
             if stop is not None and request.finish_reason is None:
                 self.scheduler.finish(request, "stop", stop)
@@ -443,6 +445,8 @@ class LLMEngine:
 
     def _count(self, request: Request) -> None:
         counters, search = self._counters, request.beam
+        if request.finish_reason == "error":
+            return
         counters.generation_tokens += 1 if search is None else sum(len(found.tokens) for found in search.finished)
         if search is not None or (request.index == 0 and len(request.output_token_ids) == 1):
             counters.prompt_tokens += len(request.prompt_token_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from pjax.scheduler import Request
 from pjax.scheduler.beam import BeamSearch, num_candidates
 from pjax.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 Prompt = str | Sequence[int]
 MAX_PRIORITY = 2**53
 
@@ -26,7 +29,8 @@ class Intake:
 
     Args:
       vocab_size: ids are in [0, vocab_size).
-      eos_token_ids: tokens that end a sequence, unless a request ignores them.
+      eos_token_ids: tokens that end a sequence, unless a request ignores them. Those that the vocabulary does not have, as a
+        tokenizer or config may name, are ignored with a warning.
       seed: requests without a seed of their own take one from this and their number.
     """
 
@@ -43,7 +47,9 @@ class Intake:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
+        self.eos_token_ids = frozenset(token for token in eos_token_ids if 0 <= token < vocab_size)
+        if beyond := sorted(eos_token_ids - self.eos_token_ids):
+            log.warning("end-of-sequence token ids %s are ignored: the model's token ids are in [0, %d)", beyond, vocab_size)
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._seed = seed
@@ -132,7 +138,9 @@ class Intake:
         for ids in sequences:
             self._check_ids(ids, "bad_words_ids", request_id)
         for word in params.bad_words or ():
-            sequences += self._bad_word(word, where)
+            for ids in (words := self._bad_word(word, where)):
+                self._check_ids(ids, f"bad_words (tokens of {word!r:.80})", request_id)
+            sequences += words
         rules = LogitRules(
             allowed=None if params.allowed_token_ids is None else frozenset(params.allowed_token_ids),
             banned=frozenset(ids[0] for ids in sequences if len(ids) == 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,10 +10,20 @@ from pjax.outputs import CompletionOutput, Logprob, RequestOutput
 from pjax.params import SamplingParams
 from pjax.runner import StepResult
 from pjax.sampling.prompt_logprobs import PromptScores
+from pjax.sampling.sampler import NO_TOKEN
+from pjax.sampling.vocabulary import NOT_FINITE
 from pjax.scheduler import Request, StepPlan
 from pjax.scheduler.beam import BeamSearch
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+FAILURES = {
+    NOT_FINITE: "the model's logits hold NaN or infinity, or nothing but -inf: its weights are damaged, or activations overflow dtype",
+    NO_TOKEN: "logits_processors, allowed_token_ids, bad_words, min_tokens or penalties leave no token, or make logits NaN or infinite",
+}
+"""Why no token could be sampled, by what the step gives instead of one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -94,6 +105,15 @@ class Views:
             sequence.text += sequence.detokenizer.finish()
         return sequence.detokenizer.stop_reason
 
+    def fail(self, request: Request, failure: int) -> None:
+        """Says why a sequence, or the search of a beam, has ended for want of a token; `failure` is a key of FAILURES."""
+        place = len(request.prompt_token_ids) + len(request.output_token_ids)
+        message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
+        log.warning("%s", message)
+        for sequence in self._groups[request.request_id].sequences:
+            if sequence.request is request or request.beam is not None:
+                sequence.request.stop_reason = message
+
     def _entries(
         self, token: int, logprob: Any, rank: Any, top_tokens: Any, top_logprobs: Any, count: int, detokenize: bool
     ) -> dict[int, Logprob]:
@@ -123,14 +143,15 @@ class Views:
         )
 
     def _found(self, search: BeamSearch, group: _Group) -> list[CompletionOutput]:
-        """The finished sequences, and the beams as they are where the search was ended from outside."""
-        found = [(one.tokens, one.cum_logprob, "stop" if one.ended else "length") for one in search.finished]
+        """The finished sequences, and the beams as they are where the search was ended from outside or has failed."""
+        found: list[tuple[list[int], float, str, int | str | None]]
+        found = [(one.tokens, one.cum_logprob, "stop" if one.ended else "length", None) for one in search.finished]
         if not search.done:
             beams = [group.sequences[index].request for index in search.beams]
             found += [
-                (list(beam.output_token_ids), float(total), beam.finish_reason)
+                (list(beam.output_token_ids), float(total), beam.finish_reason, beam.stop_reason)
                 for beam, total in zip(beams, search.cum_logprobs, strict=True)
-                if beam.finish_reason is not None and beam.output_token_ids
+                if beam.finish_reason is not None and (beam.output_token_ids or beam.finish_reason == "error")
             ]
         return [
             CompletionOutput(
@@ -139,16 +160,17 @@ class Views:
                 token_ids=tokens,
                 cumulative_logprob=total,
                 finish_reason=reason,
+                stop_reason=stop_reason,
             )
-            for index, (tokens, total, reason) in enumerate(found)
+            for index, (tokens, total, reason, stop_reason) in enumerate(found)
         ]
 
 
 def _completions(sequences: list[SequenceView]) -> list[CompletionOutput]:
-    """All of them, or of `best_of` the n likeliest so far."""
+    """All of them, or of `best_of` the n likeliest so far, failed ones last."""
     n = sequences[0].request.params.n
     if len(sequences) > n:
-        sequences = sorted(sequences, key=lambda sequence: -sequence.cumulative_logprob)[:n]
+        sequences = sorted(sequences, key=lambda one: (one.request.finish_reason == "error", -one.cumulative_logprob))[:n]
     return [_completion(sequence, index) for index, sequence in enumerate(sequences)]
 
 

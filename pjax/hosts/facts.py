@@ -12,7 +12,7 @@ from typing import Any
 from pjax import __version__
 from pjax.config import EngineConfig
 
-OWN = ("node_rank", "master_addr", "master_port", "master_key", "start_timeout", "compilation_cache_dir")
+OWN = ("node_rank", "master_addr", "master_port", "master_key", "start_timeout", "compilation_cache_dir", "seed")
 """Settings that each host may have for itself."""
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 SAMPLE = 1 << 20  # bytes read at the beginning, in the middle and at the end of a file: whole checkpoints take minutes

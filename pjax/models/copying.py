@@ -52,17 +52,36 @@ def _by_native(target: np.ndarray, array: Any) -> Callable[[int, int], int] | No
 
 def _copy_and_check(target: np.ndarray, array: np.ndarray, first: int, last: int) -> int:
     """By numpy, a few rows at a time: what is checked is still in the processor's cache (docs/checkpoints.md has the figures)."""
-    exponent = np.array(_EXPONENTS[target.dtype.name], f"u{target.dtype.itemsize}")
-    step, count = max(CHUNK * len(target) // max(target.size, 1), 1), 0
-    scratch = np.empty((min(step, last - first), *target.shape[1:]), exponent.dtype)
+    step, count = _rows_at_once(target), 0
+    scratch = np.empty((min(step, last - first), *target.shape[1:]), f"u{target.dtype.itemsize}")
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(first, last, step):
             rows = target[start : min(start + step, last)]
             _cast(rows, array[start : start + len(rows)])
-            bits = np.bitwise_and(rows.view(exponent.dtype), exponent, out=scratch[: len(rows)])
-            if bits.size and bits.max() == exponent:
-                count += int(np.count_nonzero(bits == exponent))
+            count += _count(rows, scratch)
     return count
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """How many values are NaN or infinite, of a contiguous array of float32, bfloat16 or float16."""
+    array = array.reshape(-1)
+
+    def count(first: int, last: int) -> int:
+        scratch = np.empty(min(CHUNK, last - first), f"u{array.dtype.itemsize}")
+        return sum(_count(array[start : min(start + CHUNK, last)], scratch) for start in range(first, last, CHUNK))
+
+    return sum(in_parts(count, len(array), len(array)))
+
+
+def _rows_at_once(array: np.ndarray) -> int:
+    return max(CHUNK * len(array) // max(array.size, 1), 1)
+
+
+def _count(rows: np.ndarray, scratch: np.ndarray) -> int:
+    """NaN and infinite values of rows, for whose bits there is room in `scratch`."""
+    exponent = np.array(_EXPONENTS[rows.dtype.name], scratch.dtype)
+    bits = np.bitwise_and(rows.view(scratch.dtype), exponent, out=scratch[: len(rows)])
+    return int(np.count_nonzero(bits == exponent)) if bits.size and bits.max() == exponent else 0
 
 
 def in_parts(function: Callable[[int, int], T], length: int, num_values: int) -> list[T]:

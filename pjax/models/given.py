@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pjax.errors import ConfigError
 from pjax.models import ModelSource
+from pjax.models.weights import warn_of
 
 MAX_SHOWN = 5
 
@@ -39,6 +41,8 @@ def source_of(model: Any) -> ModelSource:
 def match(abstract: Any, params: Any) -> Any:
     """The parameters as a state like `abstract`: of a module, a state, or a tree of dictionaries with its names.
 
+    Waits for them, and names those with NaN or infinite values in a warning: a pass over them on their devices.
+
     Raises ConfigError that names the parameters that are missing, too many, or of another shape, type or, in a mesh, place.
     """
     if isinstance(params, nnx.Module):
@@ -56,7 +60,14 @@ def match(abstract: Any, params: Any) -> Any:
     if lines:
         more = f"; {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
         raise ConfigError(f"params do not fit the model: {'; '.join(lines[:MAX_SHOWN])}{more}")
+    counts = jax.device_get({name: _num_not_finite(found[name]) for name in names})
+    warn_of([f"{name} ({count} of {found[name].size})" for name, count in counts.items() if count])
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[_name(path)] for path, _ in wanted])
+
+
+@jax.jit
+def _num_not_finite(parameter: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(parameter), dtype=jnp.int32)
 
 
 def _name(path: tuple[Any, ...]) -> str:

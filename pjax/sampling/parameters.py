@@ -34,6 +34,9 @@ HAS_BAD_SEQUENCES = 4
 FIRST_PROCESSOR = 3  # the bit of the first logits processor
 MAX_PROCESSORS = 24
 
+COLDEST, HOTTEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Bounds of temperatures on the device, where a smaller one would be 0 and a larger one infinite; 0 itself is greedy."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -110,7 +113,10 @@ class SamplingTable:
             return False
         self._owners[row] = owner, turn
         floats: dict[str, float] = {name: getattr(params, name) for name in FLOATS if name != "logprob_temperature"}
-        self.floats[row] = list((floats | {"logprob_temperature": logprob_temperature}).values())
+        floats |= {"logprob_temperature": logprob_temperature}
+        for name in ("temperature", "logprob_temperature"):
+            floats[name] = min(max(floats[name], COLDEST), HOTTEST) if floats[name] else 0.0
+        self.floats[row] = list(floats.values())
         high, low = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
         ints = {
             "top_k": min(max(params.top_k, 0), 2**31 - 1),

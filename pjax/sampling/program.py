@@ -56,7 +56,9 @@ def make_sample(max_logprobs: int, vocabulary: Vocabulary = WHOLE, processors: t
             return adjust_logits(logits, positions, params, inputs.rules, tokens, processors, vocabulary)
 
         sampled = sample(logits, inputs.positions, inputs.params.unpack(), max_logprobs, vocabulary, adjust, inputs.num_samples)
-        return tokens.at[inputs.rows, inputs.positions].set(sampled.tokens, mode="drop"), sampled
+        # A row that got none ends when the host hears of it; the next step may be under way by then, and must read some token.
+        known = jnp.maximum(sampled.tokens, 0)
+        return tokens.at[inputs.rows, inputs.positions].set(known, mode="drop"), sampled
 
     return run
 

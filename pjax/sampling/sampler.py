@@ -16,12 +16,13 @@ from jax import lax
 from pjax.sampling.adjust import needs_adjusting
 from pjax.sampling.filters import filter_logits
 from pjax.sampling.parameters import SamplingArrays
-from pjax.sampling.vocabulary import WHOLE, Vocabulary
+from pjax.sampling.vocabulary import NOT_FINITE, WHOLE, Vocabulary
 
 Adjust = Callable[[jax.Array, jax.Array, SamplingArrays], jax.Array]
 """Logits [S, V], the positions [S] of the tokens to be sampled and the rows' parameters to logits."""
 
 ROWS = 16
+NO_TOKEN = -2  # instead of a token: what the request asked for left none of the model's logits, or made them NaN or +inf
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,7 @@ ROWS = 16
 class Sampled:
     """What a step gives back to the host."""
 
-    tokens: jax.Array  # int32 [S]
+    tokens: jax.Array  # int32 [S]; NOT_FINITE or NO_TOKEN, both below 0, for rows from which none can be sampled
     logprobs: jax.Array  # float32 [S]; 0 where no row wants any
     ranks: jax.Array  # int32 [S], 1 is the likeliest
     top_tokens: jax.Array  # int32 [S, max_logprobs]
@@ -76,7 +77,7 @@ def sample(
         num_blocks = ((size if num_rows is None else num_rows) + ROWS - 1) // ROWS
         return lax.fori_loop(0, num_blocks, block, _without_logprobs(jnp.zeros((size,), jnp.int32), max_logprobs))
 
-    return lax.cond(asked, in_blocks, lambda: _without_logprobs(vocabulary.argmax(logits), max_logprobs))
+    return lax.cond(asked, in_blocks, lambda: _without_logprobs(vocabulary.pick(logits), max_logprobs))
 
 
 def _sample_block(
@@ -86,20 +87,26 @@ def _sample_block(
     adjusted = jnp.array(False) if adjust is None else needs_adjusting(positions, params)
 
     def choose() -> jax.Array:
-        changed = logits
-        if adjust is not None:
-            changed = lax.cond(adjusted, lambda: adjust(logits, positions, params), lambda: logits)
-        greedy = vocabulary.argmax(changed)
+        changed, is_finite = logits, jnp.ones(logits.shape[:1], bool)
+        if adjust is not None:  # a rule may hide the model's NaN from what follows
+            changed, is_finite = lax.cond(
+                adjusted,
+                lambda: (adjust(logits, positions, params), vocabulary.can_pick(logits)),
+                lambda: (changed, is_finite),
+            )
+        likeliest = vocabulary.pick(changed)
+        likeliest = jnp.where(adjusted & (likeliest < 0), NO_TOKEN, likeliest)
+        likeliest = jnp.where(is_finite, likeliest, NOT_FINITE)
 
         def mixed() -> jax.Array:
-            return jnp.where(params.temperature > 0, _draw(changed, positions, params, vocabulary), greedy)
+            return jnp.where((params.temperature > 0) & (likeliest >= 0), _draw(changed, positions, params, vocabulary), likeliest)
 
-        return lax.cond(drawn, mixed, lambda: greedy)
+        return lax.cond(drawn, mixed, lambda: likeliest)
 
-    tokens = lax.cond(drawn | adjusted, choose, lambda: vocabulary.argmax(logits))
+    tokens = lax.cond(drawn | adjusted, choose, lambda: vocabulary.pick(logits))
     return lax.cond(
         jnp.any(params.num_logprobs >= 0),
-        lambda: _with_logprobs(logits / params.logprob_temperature[:, None], tokens, max_logprobs, vocabulary),
+        lambda: _with_logprobs(_divided(logits, params.logprob_temperature, vocabulary), tokens, max_logprobs, vocabulary),
         lambda: _without_logprobs(tokens, max_logprobs),
     )
 
@@ -125,12 +132,15 @@ def _with_logprobs(logits: jax.Array, tokens: jax.Array, count: int, vocabulary:
 
 
 def _draw(logits: jax.Array, positions: jax.Array, params: SamplingArrays, vocabulary: Vocabulary) -> jax.Array:
-    temperature = jnp.where(params.temperature > 0, params.temperature, 1.0)
-    # The likeliest token's logit becomes 0 before the division: however small the temperature, it stays finite.
-    scaled = filter_logits((logits - vocabulary.max(logits)[:, None]) / temperature[:, None], params, vocabulary)
+    scaled = filter_logits(_divided(logits, jnp.where(params.temperature > 0, params.temperature, 1.0), vocabulary), params, vocabulary)
     size, width = vocabulary.num_tokens(logits), logits.shape[-1]
     noise = jax.vmap(lambda seed, position: vocabulary.own_columns(_noise(seed, position, size), width))(params.seed, positions)
     return vocabulary.argmax(scaled + noise)
+
+
+def _divided(logits: jax.Array, temperature: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """Logits, less the row's largest, divided by its temperature: the likeliest token's is 0 however small the temperature is."""
+    return (logits - vocabulary.max(logits)[:, None]) / temperature[:, None]
 
 
 def _noise(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pjax.scheduler.page_pool import PagePool
 from pjax.scheduler.prefix import page_keys
-from pjax.scheduler.request import MIXED, Request
+from pjax.scheduler.request import PRIVATE, Request
 from pjax.scheduler.swap import SwapSpace
 from pjax.scheduler.table import SequenceTable
 
@@ -89,7 +89,7 @@ class KVManager:
         """
         if request.epoch != self.epoch and not self.swap.num_tokens(request):
             request.epoch, request.page_keys = self.epoch, []  # all its tokens are computed with the newest weights
-        if not self.enable_prefix_caching or request.scores_prompt or request.epoch == MIXED:
+        if not self.enable_prefix_caching or request.scores_prompt or request.epoch == PRIVATE:
             return []
         found = []
         limit = (request.num_tokens - 1) // self.page_size
@@ -137,7 +137,7 @@ class KVManager:
         """
         count = num_tokens // self.page_size
         known = self._num_remembered[request]
-        if count <= known or not self.enable_prefix_caching or request.epoch == MIXED:
+        if count <= known or not self.enable_prefix_caching or request.epoch == PRIVATE:
             return
         keys, pages = page_keys(request, self.page_size, count), self._pages[request]
         for index in range(known, count):
@@ -153,7 +153,14 @@ class KVManager:
         self.pool.forget()
         self.swap.forget()
         for request in self._pages:
-            request.epoch, request.page_keys = MIXED, []
+            request.epoch, request.page_keys = PRIVATE, []
+
+    def distrust(self, request: Request) -> None:
+        """Nobody finds the pages that a request has to itself any more: they may hold NaN. Those that others share stay theirs."""
+        for page_id in self.pages_of(request):
+            if self.pool.num_owners(page_id) == 1:
+                self.pool.unname(page_id)
+        request.epoch, request.page_keys = PRIVATE, []
 
     def release(self, request: Request) -> None:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""

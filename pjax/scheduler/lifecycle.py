@@ -124,6 +124,17 @@ class Lifecycle:
             if request.request_id in self.deadlines:
                 self.deadlines.remove(request.request_id)
 
+    def fail(self, request: Request) -> None:
+        """Ends a sequence, or the beam search that it is of, with reason "error": no token could be sampled.
+
+        Its pages are not found again.
+        """
+        self.kv.distrust(request)
+        if request.beam is None:
+            self.finish(request, "error")
+        else:
+            self.finish_all(request.request_id, "error")
+
     def finish_all(self, request_id: str, reason: str) -> bool:
         """Ends all sequences of a request; False when there is none of that id."""
         sequences = list(self.unfinished.get(request_id, ()))

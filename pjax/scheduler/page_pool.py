@@ -107,6 +107,12 @@ class PagePool:
             self._keys[page_id] = key
             self._by_key[key] = page_id
 
+    def unname(self, page_id: int) -> None:
+        """Takes an owned page's key away, if it has one."""
+        self._require_owners(page_id, 1)
+        if self._keys[page_id] is not None:
+            self._drop_key(page_id)
+
     def find(self, key: Hashable) -> int | None:
         """The page that holds what `key` names, owned or free."""
         return self._by_key.get(key)

@@ -9,8 +9,8 @@ from pjax.outputs import RequestMetrics
 from pjax.params import LogitRules, SamplingParams
 from pjax.scheduler.beam import BeamSearch, Candidates
 
-MIXED = -1
-"""Epoch of a request that went on with its pages when the weights were updated: nobody else may have those pages."""
+PRIVATE = -1
+"""Epoch of a request whose pages nobody else may have: it went on with them when the weights were updated, or they may hold NaN."""
 
 
 class RequestStatus(Enum):
@@ -68,7 +68,7 @@ class Request:
     """Of a beam that has caught up: what may follow."""
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0
-    """The weights that its pages are computed with, a number that grows with each update; MIXED of several."""
+    """The weights that its pages are computed with, a number that grows with each update; or PRIVATE."""
     page_keys: list[bytes] = field(default_factory=list)
     """Of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None

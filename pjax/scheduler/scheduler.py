@@ -282,18 +282,22 @@ class Scheduler:
         """Takes the result of the oldest step under way: appends the sampled tokens, ends what is done.
 
         Args:
-          sampled: a token for each of `plan.sampled`.
+          sampled: a token for each of `plan.sampled`; below 0 where none could be sampled.
           now: seconds of `time.monotonic()`.
           top: of each of `plan.sampled` the likeliest tokens and their log-probabilities, [m, k] both; read for beams.
 
-        Returns the sequences that got a token, and of a beam search that is done the last to catch up. Those aborted since
-        the plan was made are skipped.
+        Returns the sequences that got a token or ended with reason "error", for want of one, and of a beam search that is done the
+        last to catch up. Those aborted since the plan was made are skipped.
         """
         self._num_in_flight -= 1
         changed = []
         for index, (request, token) in enumerate(zip(plan.sampled, np.asarray(sampled).tolist(), strict=True)):
             request.num_in_flight -= 1
             if request.status is RequestStatus.FINISHED:
+                continue
+            if token < 0:
+                self.sequences.fail(request)
+                changed.append(request)
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now

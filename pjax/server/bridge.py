@@ -76,6 +76,9 @@ class Bridge:
                     async with aclosing(outputs) as outputs:  # type: ignore[type-var]
                         async for output in outputs:
                             observer.observe(output)
+                            for sequence in output.outputs:
+                                if sequence.finish_reason == "error":
+                                    raise ApiError(500, str(sequence.stop_reason))
                             generation.put(index, output)
                 finally:
                     self._deadlines.discard(deadline)
@@ -87,7 +90,8 @@ class Bridge:
         except Exception as caught:  # told to the one who asked
             error = caught
         finally:
-            observer.close(refused=isinstance(error, InvalidRequestError | QueueFullError | EngineDeadError))
+            refused = isinstance(error, InvalidRequestError | QueueFullError | EngineDeadError)
+            observer.close(refused=refused, failed=isinstance(error, ApiError) and error.status == 500)
             generation.end(error)
 
 

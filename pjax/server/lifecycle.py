@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import secrets
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ def serve(config: ServerConfig) -> int:
     config = with_template(config)
     if (place := find_place(config.engine)) is not None and place.rank > 0:
         open_engine(config)  # runs what rank 0 says and ends the process with it: it takes no port and answers nobody
+    config = with_seed(config)
     with bind(config.host, config.port) as listener:
         return serve_llm(open_engine(config), config, listener)
 
@@ -43,6 +45,15 @@ def serve(config: ServerConfig) -> int:
 def with_template(config: ServerConfig) -> ServerConfig:
     """The settings with their chat template's text instead of its file, before a model is loaded in vain."""
     return config if config.chat_template is None else replace(config, chat_template=read_template(config.chat_template))
+
+
+def with_seed(config: ServerConfig) -> ServerConfig:
+    """The settings with a random seed where none is given, so that replicas do not give the same samples. The log names it."""
+    if config.engine.seed is not None:
+        return config
+    seed = secrets.randbits(63)
+    log.info("seed %d was drawn at random for requests without one; --seed %d repeats their samples", seed, seed)
+    return replace(config, engine=replace(config.engine, seed=seed))
 
 
 def open_engine(config: ServerConfig) -> AsyncLLM:

@@ -99,17 +99,17 @@ class RequestObserver:
         if output.finished:
             self._finish(output)
 
-    def close(self, *, refused: bool = False) -> None:
-        """Nothing more comes: a request that has not ended was aborted, unless the engine never took it."""
+    def close(self, *, refused: bool = False, failed: bool = False) -> None:
+        """Nothing more comes: a request that has not ended has failed or was aborted, unless the engine never took it."""
         if not self._ended and not refused:
             self._ended = True
-            self._metrics.ended["abort"].inc()
+            self._metrics.ended["error" if failed else "abort"].inc()
 
     def _finish(self, output: RequestOutput) -> None:
         self._ended = True
         metrics, times = self._metrics, output.metrics
         reasons = {sequence.finish_reason for sequence in output.outputs}
-        metrics.ended[next((reason for reason in ("abort", "length", "stop") if reason in reasons), "error")].inc()
+        metrics.ended[next((reason for reason in ("error", "abort", "length", "stop") if reason in reasons), "error")].inc()
         metrics.prompt_length.observe(len(output.prompt_token_ids))
         metrics.output_length.observe(self._num_tokens)
         started, first, finished = times.first_scheduled_time, times.first_token_time, times.finished_time

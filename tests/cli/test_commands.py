@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pjax import LLM, AsyncLLM, SamplingParams, cli
 from pjax.cli.chat import Chat
@@ -60,6 +62,24 @@ def test_complete_and_chat_say_the_same_here_and_at_a_server(
         assert pjax("complete", "--max-tokens", "8", *where, stdin="abc\n\nabc\n")[:2] == (0, f"abc{text}\n" * 2)
         asked = pjax("chat", "--max-tokens", "8", *where, stdin="hi\nand?\\\nso\n/exit\nnever asked\n")
         assert asked[:2] == (0, f"{first}\n{second}\n")
+
+
+def test_a_text_that_cannot_be_continued_is_told(pjax: Run, tmp_path: Path, llm: LLM) -> None:
+    """The letter x has an infinite embedding: what reads it has NaN for logits."""
+    tensors = load_file(write_model(tmp_path) / "model.safetensors")
+    [letter] = llm.get_tokenizer().encode("x")
+    tensors["model.embed_tokens.weight"][letter] = np.inf
+    save_file(tensors, tmp_path / "model.safetensors")
+    options = ["--model", str(tmp_path), "--max-tokens", "3", "--ignore-eos", *ENGINE]
+    text = llm.generate(["abc"], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_tqdm=False)[0].outputs[0].text
+    status, out, _ = pjax("generate", "x", "abc", "--json", *options)
+    bad, good = map(json.loads, out.splitlines())
+    assert (status, bad["finish_reason"], bad["text"], good["text"]) == (1, "error", "", text)
+    assert bad["stop_reason"].startswith("no token 1 could be sampled")
+    status, out, err = pjax("complete", "x", *options)
+    assert (status, out) == (2, "x") and "pjax complete: no token 1 could be sampled" in err
+    status, out, err = pjax("complete", *options, stdin="x\nabc\n")
+    assert (status, out) == (0, f"xabc{text}\n") and "pjax complete: no token 1 could be sampled" in err
 
 
 def test_a_server_that_refuses_or_is_not_there_is_told_in_a_line(pjax: Run, server: Running) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, SamplingParams, UnsupportedError
+from pjax import LLM, BeamSearchParams, CheckpointError, ConfigError, InvalidRequestError, SamplingParams, UnsupportedError
 from pjax.config import EngineConfig
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
@@ -65,6 +65,40 @@ def test_bad_prompts_cost_nobody_anything(llm: LLM, prompt: Any, message: str) -
 def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         SamplingParams(**fields)
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tokenizer of 260 tokens, and an end in the config, beyond a model's 200: nobody's step fails."""
+    beyond = list(range(5000, 5008))
+    llm = LLM(write_model(tmp_path, vocab_size=200, eos_token_id=[7, 230, *beyond]), **OPTIONS)
+    assert f"end-of-sequence token ids {[230, 257, *beyond]} are ignored: the model's token ids are in [0, 200)" in caplog.messages
+    plain = llm.generate([[1, 2, 3], [4, 5]], greedy(6), use_tqdm=False)
+    held = SamplingParams(temperature=0, max_tokens=6, min_tokens=6, logit_bias={7: 100.0})
+    outputs = llm.generate([[1, 2, 3], [4, 5]], [greedy(6), held], use_tqdm=False)
+    assert outputs[0].outputs[0].token_ids == plain[0].outputs[0].token_ids
+    assert len(outputs[1].outputs[0].token_ids) == 6 and 7 not in outputs[1].outputs[0].token_ids
+    found = llm.beam_search([[1, 2, 3]], BeamSearchParams(beam_width=4, max_tokens=2))  # 4 * 2 candidates, not 4 * 12 with all ends
+    assert len(found[0].sequences) == 4
+    [token] = llm.get_tokenizer().encode("\x7f")
+    for fields, name in (
+        ({"bad_words": ["\x7f"]}, r"bad_words \(tokens of '\\x7f'\)"),
+        ({"bad_words": ["!\x7f"]}, r"bad_words \(.*\)"),
+        ({"bad_words_ids": [[1], [token]]}, "bad_words_ids"),
+        ({"stop_token_ids": [token], "min_tokens": 2}, "stop_token_ids"),
+        ({"allowed_token_ids": [1, token]}, "allowed_token_ids"),
+        ({"logit_bias": {token: 1.0}}, "logit_bias"),
+    ):
+        with pytest.raises(InvalidRequestError, match=rf"{name} has token id {token} at \d, but ids must be in \[0, 200\)"):
+            llm.generate([[1, 2]], SamplingParams(**fields), use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "bad_words_ids", "logit_bias"])
+def test_negative_token_ids(name: str) -> None:
+    """numpy would take them from the end."""
+    given: dict[str, Any] = {"bad_words_ids": [[3], [-1]], "logit_bias": {-1: 1.0}}
+    with pytest.raises(InvalidRequestError, match=rf"{name} is \[?-1\]?, but must be .*token ids? >= 0"):
+        SamplingParams(**{name: given.get(name, [3, -1])})
 
 
 def test_a_parameter_that_is_not_applied_is_refused() -> None:

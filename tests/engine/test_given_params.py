@@ -111,6 +111,28 @@ def test_pages_that_were_saved_reach_nobody_after_an_update(folders: tuple[Path,
     assert tokens(llm) == expected[1]
 
 
+def test_nan_and_infinite_values_are_named(folders: tuple[Path, Path], expected: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """They are used all the same; good ones mend the engine."""
+    llm = LLM(folders[0], **OPTIONS)
+    good = nnx.to_pure_dict(llm.engine.params)
+    bad = good | {"norm": {"scale": good["norm"]["scale"].at[3:5].set(jnp.nan)}}
+    bad |= {"head": {"kernel": good["head"]["kernel"].at[7, 1].set(-jnp.inf)}}
+    messages = []
+    for params in (good, bad):
+        caplog.clear()
+        llm.update_params(params)
+        messages.append(caplog.messages)
+    caplog.clear()
+    given = LLM(folders[0], params=bad, **OPTIONS)
+    named = ["2 tensors have NaN or infinite values: head.kernel (1 of 8320), norm.scale (2 of 32)"]
+    assert messages == [[], named] and caplog.messages == named
+    for engine in (llm, given):
+        outputs = engine.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["error", "error"]
+        engine.update_params(good)
+        assert tokens(engine) == expected[0]
+
+
 def test_what_does_not_fit_is_named(folders: tuple[Path, Path]) -> None:
     llm = LLM(folders[0], **OPTIONS)
     good = nnx.to_pure_dict(llm.engine.params)

@@ -129,7 +129,7 @@ def test_who_differs_is_named() -> None:
 
 def test_what_hosts_compare(tmp_path: Path) -> None:
     """Sources, versions, every setting but those of one host alone, and what weights come from."""
-    one, other = (facts.of_code_and_flags(EngineConfig(nnodes=2, node_rank=rank, master_addr="a")) for rank in (0, 1))
+    one, other = (facts.of_code_and_flags(EngineConfig(nnodes=2, node_rank=rank, master_addr="a", seed=rank)) for rank in (0, 1))
     assert one == other and one["jax"] == jax.__version__ and one["max_num_seqs"] is None and "node_rank" not in one
     (tmp_path / "a.py").write_text("x = 1")
     before = facts.digest_of_sources(tmp_path)

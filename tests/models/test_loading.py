@@ -25,6 +25,8 @@ from pjax.models import ModelSource, llama, open_model
 from pjax.models.checkpoints.stored import DTYPES
 from pjax.models.copying import copy_and_check
 from pjax.models.tensors import gguf_name
+from tests.models import hf
+from tests.models.checkpoints import gguf_files
 from tests.tiny import write_model
 
 TORCH = "pytorch_model.bin"
@@ -218,6 +220,37 @@ def test_nan_and_infinite_weights_are_named(tmp_path: Path, layer_mode: str, cap
         (message,) = caplog.messages
         assert message.startswith(f"{len(expected)} tensors have NaN or infinite values: ")
         assert sorted(message.split(": ")[1].split(", ")) == expected
+
+
+def test_nan_and_infinite_weights_of_an_orbax_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4:6] = np.nan, np.inf
+    tensors["model.norm.weight"][0] = 65536  # float16 ends at 65504
+    save_file(tensors, folder / "model.safetensors")
+    made = convert(folder, tmp_path / "orbax", format="orbax", progress=False)
+    for dtype, overflown in (("float32", []), ("bfloat16", []), ("float16", ["norm.scale (1 of 32)"])):
+        caplog.clear()
+        loaded(open_model(made, dtype=dtype))
+        [message] = caplog.messages
+        named = ["blocks.1.mlp.down.kernel (2 of 1536)", *overflown]
+        assert message.startswith(f"{len(named)} tensors have NaN or infinite values: ")
+        assert sorted(message.split(": ")[1].split(", ")) == named
+
+
+@pytest.mark.parametrize(("kind", "infinity", "count"), [("F16", 0x7C00, 1), ("BF16", 0x7F80, 1), ("Q8_0", 0x7C00, 32)])
+def test_infinite_weights_of_a_gguf_file_are_named(
+    tmp_path: Path, kind: str, infinity: int, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first two bytes: a weight, or the scale of a block of 32."""
+    path = gguf_files.write_model(tmp_path / "a.gguf", hf.make(tmp_path / "hf", "Llama"), gguf.GGMLQuantizationType[kind])
+    [offset] = [tensor.data_offset for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output.weight"]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(infinity.to_bytes(2, "little"))
+    loaded(open_model(path, dtype="float32"))
+    size = hf.VOCAB * 32
+    assert caplog.messages == [f"1 tensors have NaN or infinite values: lm_head.weight ({count} of {size})"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

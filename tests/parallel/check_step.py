@@ -19,7 +19,7 @@ from pjax.pallas_kernels.kv_write import write_targets
 from pjax.runner import ModelRunner, RunnerConfig
 from pjax.runner.batch import Bucket, SampleShape, ScoreShape
 from pjax.sampling.sampler import SamplingArrays, sample
-from pjax.sampling.vocabulary import Vocabulary
+from pjax.sampling.vocabulary import NOT_FINITE, Vocabulary
 from tests.collectives import collectives
 from tests.models import hf
 from tests.pallas_kernels.paged_attention.suite import Feature, make_step
@@ -45,12 +45,16 @@ def test_two_sums_a_layer_and_no_other_collective(tmp_path: Path, family: str) -
 
 @pytest.mark.parametrize(("size", "vocab"), [(4, 1000), (8, 1001), (8, 20)], ids=str)
 def test_sampling_on_shares_of_the_vocabulary(size: int, vocab: int) -> None:
-    """Every parameter at once; -inf and equal logits; the padding of the last share holds NaN."""
+    """Every parameter at once; -inf and equal logits; rows with NaN or +inf on one device; the padding of the last share holds NaN."""
     rng, rows, num_logprobs = np.random.default_rng(size), 64, 8
     logits = (rng.standard_normal((rows, vocab)) * 3).astype(np.float32)
     logits[5, rng.integers(0, vocab, vocab // 3)] = -np.inf
     logits[6:9] = np.round(logits[6:9])  # ties
     logits[9] = 1.0
+    bad = [10, 11, 12, 13, 50, 63]
+    logits[bad, rng.integers(0, vocab, len(bad))] = np.nan, np.nan, np.inf, -np.nan, np.nan, np.inf
+    logits[20] = -np.inf
+    bad.append(20)
     params = SamplingArrays(
         temperature=jnp.asarray(rng.choice([0.0, 0.5, 1.0, 1.7], rows), jnp.float32),
         top_k=jnp.asarray(rng.choice([0, 1, 5, 40, vocab + 7], rows), jnp.int32),
@@ -77,10 +81,12 @@ def test_sampling_on_shares_of_the_vocabulary(size: int, vocab: int) -> None:
     found = jax.jit(on_shares)(padded, positions, params)
     expected = jax.jit(partial(sample, max_logprobs=num_logprobs))(logits, positions, params)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_array_equal(found.ranks, expected.ranks)
-    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
-    np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
-    np.testing.assert_allclose(found.top_logprobs, expected.top_logprobs, atol=1e-5)
+    assert np.flatnonzero(found.tokens == NOT_FINITE).tolist() == sorted(bad) and (np.delete(found.tokens, bad) >= 0).all()
+    good = np.setdiff1d(np.arange(rows), bad)
+    np.testing.assert_array_equal(found.ranks[good], expected.ranks[good])
+    np.testing.assert_allclose(found.logprobs[good], expected.logprobs[good], atol=1e-5)
+    np.testing.assert_array_equal(found.top_tokens[good], expected.top_tokens[good])
+    np.testing.assert_allclose(found.top_logprobs[good], expected.top_logprobs[good], atol=1e-5)
     for shard in found.tokens.addressable_shards:  # every device has them
         np.testing.assert_array_equal(shard.data, expected.tokens)
 

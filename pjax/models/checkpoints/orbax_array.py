@@ -13,7 +13,7 @@ import numpy as np
 
 from pjax.errors import CheckpointError
 from pjax.models.arena import aligned_empty
-from pjax.models.copying import numpy_dtype
+from pjax.models.copying import count_not_finite, numpy_dtype
 
 
 def make_context() -> Any:
@@ -62,14 +62,15 @@ class StoredArray:
             raise self._damaged(error) from error
         return target
 
-    def place(self, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
-        """It on this process's devices; each part that several of them hold is read once."""
+    def place(self, sharding: jax.sharding.Sharding, dtype: Any) -> tuple[jax.Array, int]:
+        """It on this process's devices, and how many of its values there are NaN or infinite; a part that several hold is read once."""
         holders: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
         for device, index in sharding.addressable_devices_indices_map(self.shape).items():
             bounds = tuple(part.indices(size) for part, size in zip(index or (), self.shape, strict=True))
             holders.setdefault(bounds, []).append(device)
-        pieces = []
+        pieces, num_bad = [], 0
         for bounds, devices in holders.items():
             piece = self.read(tuple(slice(*bound) for bound in bounds), dtype)
+            num_bad += count_not_finite(piece)
             pieces += [jax.device_put(piece, device, may_alias=len(devices) == 1) for device in devices]
-        return jax.make_array_from_single_device_arrays(self.shape, sharding, pieces)
+        return jax.make_array_from_single_device_arrays(self.shape, sharding, pieces), num_bad

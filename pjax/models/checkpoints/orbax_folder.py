@@ -22,7 +22,7 @@ from pjax.errors import CheckpointError
 from pjax.models.checkpoints.base import FolderCheckpoint, read_json
 from pjax.models.checkpoints.orbax_array import StoredArray, make_context
 from pjax.models.checkpoints.stored import DTYPES
-from pjax.models.weights import Source, flat_shardings, loading_bar, source_paths
+from pjax.models.weights import Source, flat_shardings, loading_bar, source_paths, warn_of
 
 MANIFEST = "pjax_parameters.json"
 VERSION = 1
@@ -89,15 +89,19 @@ class OrbaxFolder(FolderCheckpoint):
         """The parameters, each read into its own sharding; only layers that are not stacked.
 
         A process reads the parts that its devices hold, and no others. Beside what is on the devices the host holds one parameter.
+        Parameters with NaN or infinite values are loaded, and named in a warning.
         """
         default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = flat_shardings(abstract, shardings)
-        loaded = []
+        loaded, bad = [], list[str]()
         with loading_bar(abstract, progress) as bar:
             for path, leaf in nnx.to_flat_state(abstract):
-                array = self._array(source_paths(path, 0)[0]).place(places[path] or default, leaf.dtype)
+                [key] = source_paths(path, 0)
+                array, num_bad = self._array(key).place(places[path] or default, leaf.dtype)
+                bad += [f"{key} ({num_bad} of {array.size})"] if num_bad else []
                 loaded.append((path, leaf.replace(jax.block_until_ready(array))))
                 bar.update(array.nbytes)
+        warn_of(bad)
         return nnx.from_flat_state(loaded)
 
     def _array(self, key: str) -> StoredArray:
