@@ -61,7 +61,6 @@ class ToolReader:
         self._parser = parser
         self._marker = MARKERS[parser][0]
         self._rest = ""  # neither content nor a call yet
-        self._begun = False  # llama3_json: whether anything but white space has come
         self._whole = parser == "llama3_json"  # nothing is content before the end
         self.num_calls = 0
 

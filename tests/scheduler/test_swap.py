@@ -132,6 +132,16 @@ def test_without_room_it_is_computed_again() -> None:
     assert scheduler.kv.swap.num_saved_pages == 3
 
 
+def test_one_slot_is_enough_for_one_page() -> None:
+    (a,) = make_requests("a", [1, 2, 3])
+    scheduler = make(a, num_host_slots=1)
+    step(scheduler)
+    scheduler.sequences.preempt(a)
+    evict_all(scheduler)
+    plan = step(scheduler)
+    assert (len(plan.swap_outs), len(plan.swap_ins), plan.starts.tolist()) == (1, 1, [3])
+
+
 @pytest.mark.parametrize("how", ["abort", "expire", "finish", "forget", "fail"])
 def test_nothing_stays_saved_of_what_ended_or_was_lost(how: str) -> None:
     (a,) = make_requests("a", [*range(1, 10)])
