@@ -101,14 +101,6 @@ def test_a_long_run_of_broken_bytes_loses_nothing_after_it() -> None:
     assert "".join(pieces(BYTE_LEVEL, list(text.encode()))) == text
 
 
-def test_a_run_of_bytes_is_held_until_its_last_character_is_finished() -> None:
-    """Byte fallback decodes a whole run as broken while one of its characters is."""
-    for count in range(1, 20):
-        text = "你" * count + "😀"
-        found = pieces(FALLBACK, list(text.encode()))
-        assert "".join(found) == text and not any(BROKEN in piece for piece in found)
-
-
 @both
 def test_broken_bytes_show_when_nothing_can_mend_them(tokenizer: Tokenizer) -> None:
     half = list("a你😀".encode())[:-2]
