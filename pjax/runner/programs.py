@@ -33,6 +33,8 @@ class Programs:
         self.compile_it = compile_it
         self.num_compilations = 0
         """Programs that were asked for so far, each counted once."""
+        self.is_waiting = False
+        """Whether `get` waits for a compilation now, here or on another host. Any thread may read it."""
         self.on_compiled: Callable[[], None] | None = None
         """Called when a program that is needed now has been compiled, before it runs: on other hosts that may take longer."""
         self.threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="pjax-compile")
@@ -44,10 +46,14 @@ class Programs:
         """The compiled program; waits for its compilation, and raises what failed there: the next call tries again."""
         if shape not in self._compiled:
             self.prefetch(shape)
-            self._compiled[shape] = self._pending.pop(shape).result()
-            self.num_compilations += 1
-            if self.on_compiled is not None:
-                self.on_compiled()
+            self.is_waiting = True
+            try:
+                self._compiled[shape] = self._pending.pop(shape).result()
+                self.num_compilations += 1
+                if self.on_compiled is not None:
+                    self.on_compiled()
+            finally:
+                self.is_waiting = False
         return self._compiled[shape]
 
     def prefetch(self, *shapes: Shape, in_turn: bool = False) -> None:
