@@ -1,7 +1,5 @@
 """`python -m pjax`."""
 
-import sys
+from pjax.cli import entry
 
-from pjax.cli import main
-
-sys.exit(main())
+entry()

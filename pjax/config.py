@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from pjax.errors import ConfigError
 
@@ -102,7 +102,7 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise ConfigError(f"{name} is {value!r}, but must be {getattr(kinds, '__name__', kinds)}")
-        if not _is_number(self.seconds_per_priority) or not 0 < self.seconds_per_priority < float("inf"):
+        if not is_number(self.seconds_per_priority) or not 0 < self.seconds_per_priority < float("inf"):
             raise ConfigError(f"seconds_per_priority is {self.seconds_per_priority!r}, but must be a number > 0")
         if not isinstance(self.logits_processors, Mapping):
             raise ConfigError(f"logits_processors is {self.logits_processors!r}, but must be functions by their names")
@@ -143,7 +143,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {'not text' if name == 'master_key' else repr(value)}, but must be non-empty text")
-        if not _is_number(self.start_timeout) or not 0 < self.start_timeout <= 1e6:
+        if not is_number(self.start_timeout) or not 0 < self.start_timeout <= 1e6:
             raise ConfigError(f"start_timeout is {self.start_timeout!r}, but must be seconds in (0, 1e6]")
         if self.nnodes == 1:
             if self.node_rank:
@@ -174,5 +174,12 @@ class EngineConfig:
         return self.max_num_seqs, self.max_num_batched_tokens
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is an int or a float; a bool is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_step_timeout(seconds: object) -> None:
+    """ConfigError when it is neither None nor seconds in [0, 1e9]."""
+    if seconds is not None and not (is_number(seconds) and 0 <= seconds <= 1e9):
+        raise ConfigError(f"step_timeout is {seconds!r}, but must be seconds in [0, 1e9], or None")

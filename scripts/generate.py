@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pjax.cli import main
+from pjax.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    entry(["generate", *sys.argv[1:]])

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "gguf_header": {"errors"},
     "machine": set(),
+    "ending": set(),
     "models": {"pallas_kernels", "errors", "gguf_header", "machine"},
     "scheduler": {"errors", "params", "outputs"},
     "hosts": {"errors", "config"},

@@ -6,11 +6,15 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pjax import __version__
 from pjax.cli.flags import Parser, make_parser
+from pjax.ending import end_within
 from pjax.errors import ConfigError, PjaxError
 
+EXIT_SECONDS = 5.0  # from a command's end to the process's
+HOSTS_EXIT_SECONDS = 15.0  # where several hosts end in order
 COMMANDS = {
     "serve": "start the OpenAI-compatible server",
     "generate": "write text for prompts given as arguments, a file or standard input",
@@ -47,6 +51,20 @@ def _check_cpu_level(command: str) -> None:
             native.library()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def entry(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process: it ends with that status within seconds, even while a program is being compiled."""
+    status = 1
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    finally:
+        has_hosts = "pjax.hosts.runtime" in sys.modules  # which nothing else imports
+        end_within(HOSTS_EXIT_SECONDS if has_hosts else EXIT_SECONDS, status)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -300,6 +300,12 @@ class LLMEngine:
         """Requests that wait, beyond those for which the next step has a row."""
         return max(self.scheduler.num_waiting - self.scheduler.table.num_free_rows, 0)
 
+    @property
+    def is_loading_or_compiling(self) -> bool:
+        """Whether a step waits for weights or for a program, not for the device. Any thread may ask."""
+        weights = self._weights
+        return (weights is not None and not weights.done()) or self.runner.programs.is_waiting
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's figures. Any thread may call it."""
         owners = self.scheduler.pool.owners()

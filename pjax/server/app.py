@@ -97,14 +97,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        """200 while the engine is alive."""
-        if service.bridge.llm.error is not None:
-            raise ApiError(503, "the engine has died")
+        """200 while the engine is alive; 503 when it has died, hangs longer than --step-timeout, or is shut down."""
+        if not service.bridge.llm.is_running:
+            raise ApiError(503, "the engine is shut down" if service.bridge.llm.error is None else "the engine has died")
         return Response()
 
     @app.get("/ready", response_class=Response)
     async def ready() -> Response:
-        """200 while requests are taken: not when the engine has died, nor after SIGTERM."""
+        """200 while requests are taken: 503 when /health gives that, and after SIGTERM."""
         service.bridge.check_open()
         return Response()
 
@@ -115,5 +115,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """In the text format of Prometheus."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        """In the text format of Prometheus; 503 when an engine that has died has no figures."""
+        try:
+            text = generate_latest(service.metrics.registry)
+        except Exception as error:
+            if service.bridge.llm.is_running:
+                raise
+            raise ApiError(503, "the engine has died") from error
+        return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -130,13 +130,13 @@ class Generation:
         return self
 
     async def __anext__(self) -> tuple[int, RequestOutput]:
-        """Raises what the first prompt that failed failed of."""
+        """Raises what the first prompt that failed failed of, after what has come before."""
         while True:
-            if self._error is not None:
-                raise self._error
             if self._latest:
                 index = next(iter(self._latest))
                 return index, self._latest.pop(index)
+            if self._error is not None:
+                raise self._error
             if self._num_open == 0:
                 raise StopAsyncIteration
             self._news.clear()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pjax.config import EngineConfig
+from pjax.config import EngineConfig, check_step_timeout, is_number
 from pjax.errors import ConfigError
 
 TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral")
@@ -67,6 +67,9 @@ class ServerConfig:
     """A stream that has nothing to say sends a comment this often; 0 never. An idle connection is closed after as long."""
     drain_seconds: float = 30.0
     """After SIGTERM, requests that run have this long to end; new ones get 503."""
+    step_timeout: float | None = 300.0
+    """Seconds that a step may take until the device counts as hung and the server ends with status 1; 0 or none is no bound. Loading
+    and compiling do not count."""
 
     log_level: str = "info"
     log_format: str = "text"
@@ -95,9 +98,9 @@ class ServerConfig:
         for name in ("request_timeout", "body_timeout", "send_timeout", "keep_alive_seconds", "drain_seconds"):
             value = getattr(self, name)
             above = name not in ("keep_alive_seconds", "drain_seconds")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 1e9 or (above and value == 0):
+            if not is_number(value) or not 0 <= value <= 1e9 or (above and value == 0):
                 raise ConfigError(f"{name} is {value!r}, but must be seconds {'>' if above else '>='} 0")
+        check_step_timeout(self.step_timeout)
 
     def _check_texts(self) -> None:
         for name, choices in (("tool_parser", TOOL_PARSERS), ("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
 
@@ -16,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
+from pjax.ending import end_now
 from pjax.engine import AsyncLLM
 from pjax.errors import ConfigError
 from pjax.hosts import find_place
@@ -32,14 +34,18 @@ LATE = 5.0  # seconds that requests get to say that they were cut off
 
 
 def serve(config: ServerConfig) -> int:
-    """Serves until it is told to end; see `pjax.server.run`."""
+    """Serves until it is told to end; see `pjax.server.run`. Ends the process itself when the engine's thread does not end."""
     set_up(config.log_level, config.log_format)
     config = with_template(config)
     if (place := find_place(config.engine)) is not None and place.rank > 0:
         open_engine(config)  # runs what rank 0 says and ends the process with it: it takes no port and answers nobody
     config = with_seed(config)
     with bind(config.host, config.port) as listener:
-        return serve_llm(open_engine(config), config, listener)
+        llm = open_engine(config)
+        status = serve_llm(llm, config, listener)
+    if not llm.has_ended:  # it hangs in a step, or waits for a compilation: what ends an interpreter would wait for that too, or crash
+        end_now(status)
+    return status
 
 
 def with_template(config: ServerConfig) -> ServerConfig:
@@ -58,7 +64,13 @@ def with_seed(config: ServerConfig) -> ServerConfig:
 
 def open_engine(config: ServerConfig) -> AsyncLLM:
     """The engine that the settings ask for; the caller closes it."""
-    return AsyncLLM(config.model, tokenizer=config.tokenizer, max_waiting=config.max_waiting, **vars(config.engine))
+    return AsyncLLM(
+        config.model,
+        tokenizer=config.tokenizer,
+        max_waiting=config.max_waiting,
+        step_timeout=config.step_timeout,
+        **vars(config.engine),
+    )
 
 
 def make_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> FastAPI:
@@ -120,6 +132,13 @@ def uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     )
 
 
+class _Unjoined(ThreadPoolExecutor):
+    """The event loop's threads, in which prompts become tokens; the loop's end does not wait for them."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+
 class Server(uvicorn.Server):
     """uvicorn's, with a drain: requests that run may end, for so many seconds; and an end when the engine dies."""
 
@@ -136,6 +155,7 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Until a signal comes or the engine dies."""
+        asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="pjax-server"))
         watch = asyncio.create_task(self._watch())
         try:
             await super().main_loop()
@@ -146,6 +166,7 @@ class Server(uvicorn.Server):
         while self._bridge.llm.error is None:
             await asyncio.sleep(WATCH)
         log.error("the engine has died; the server ends")
+        self.config.timeout_graceful_shutdown = int(LATE) + 1  # its requests have been told, and nothing else can come
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,38 +11,50 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
-from pjax import LLM, ConfigError, EngineDeadError, SamplingParams
-from pjax.server import ServerConfig, run
+from pjax import LLM, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
+from pjax.server import ServerConfig, lifecycle, run
 from pjax.server.lifecycle import bind, serve_llm
-from tests.server.common import OPTIONS, ScriptedLLM, start, wait_for
+from tests.server.common import OPTIONS, ScriptedLLM, metrics, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/completions"
+OBSERVED = ("/health", "/ready", "/metrics")
 SCRIPT = """
-import sys
+import sys, time
 from pjax.config import EngineConfig
 from pjax.engine import LLMEngine
+from pjax.runner import ModelRunner
 from pjax.server import ServerConfig, run
 
-step, count = LLMEngine.step, 0
-def dying_step(self):
-    global count
-    count += 1
-    if count > {lifetime}:
-        raise RuntimeError("the device is lost")
-    return step(self)
-LLMEngine.step = dying_step
+def fail_after(count, cls, name, fail):
+    call, num_calls = getattr(cls, name), 0
+    def failing(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        return call(*arguments) if num_calls <= count else fail()
+    setattr(cls, name, failing)
+
+def lose_the_device():
+    raise RuntimeError("the device is lost")
+
+{failure}
 options = {options}
 options.pop("progress")
-sys.exit(run(ServerConfig(model={model!r}, port={port}, log_level="warning", engine=EngineConfig(**options))))
+sys.exit(run(ServerConfig(model={model!r}, port={port}, log_level="warning", engine=EngineConfig(**options), **{settings})))
 """
+DYING = 'fail_after(5, LLMEngine, "step", lose_the_device)'
+NUM_FETCHED = 5
+HANGING = f'fail_after({NUM_FETCHED}, ModelRunner, "fetch", lambda: time.sleep(3600))'
+COMPILING = 'fail_after(0, ModelRunner, "_compile", lambda: time.sleep(3600))'
 
 
 def free_port() -> int:
@@ -50,10 +63,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(folder: Path, lifetime: int = 10**9) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(folder: Path, failure: str = "", **settings: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server in a process of its own, once it is ready."""
     port = free_port()
-    code = SCRIPT.format(lifetime=lifetime, options=OPTIONS, model=str(folder), port=port)
+    code = SCRIPT.format(failure=failure, options=OPTIONS, model=str(folder), port=port, settings=settings)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as server:
         url = f"http://127.0.0.1:{port}"
@@ -70,6 +83,28 @@ def process(folder: Path, lifetime: int = 10**9) -> Iterator[tuple[subprocess.Po
             yield server, url
         finally:
             server.kill()
+
+
+@contextmanager
+def serving(llm: Any, **settings: Any) -> Iterator[tuple[str, list[int]]]:
+    """A server in a thread, which must have ended when the block has; its address, and its status in the end."""
+    statuses: list[int] = []
+    listener = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: statuses.append(serve_llm(llm, ServerConfig(model="tiny", **settings), listener)))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.start()
+    wait_for(lambda: health(url) == 200)
+    yield url, statuses
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def health(url: str) -> int:
+    """/health's status; 0 when nobody listens any more."""
+    try:
+        return httpx2.get(f"{url}/health").status_code
+    except httpx2.TransportError:
+        return 0
 
 
 def test_sigterm_under_load_loses_no_request(folder: Path, llm: LLM) -> None:
@@ -105,7 +140,7 @@ def test_sigterm_under_load_loses_no_request(folder: Path, llm: LLM) -> None:
 
 
 def test_a_dead_engine_ends_the_process_and_its_last_line_says_why(folder: Path) -> None:
-    with process(folder, lifetime=5) as (server, url):
+    with process(folder, DYING) as (server, url):
         # A step is tried again; then its request is given up; the third failure in a row is the engine's end.
         body = {"prompt": "abc", "max_tokens": 60, "ignore_eos": True}
         answers = [httpx2.post(url + PATH, json=body, timeout=120) for _ in range(2)]
@@ -114,6 +149,107 @@ def test_a_dead_engine_ends_the_process_and_its_last_line_says_why(folder: Path)
         assert server.wait(60) == 1
         assert server.stderr is not None
         assert server.stderr.read().splitlines()[-1] == "pjax: the engine died: RuntimeError: the device is lost"
+
+
+def test_a_hung_device_ends_the_process(folder: Path, llm: LLM) -> None:
+    """A stream gets all tokens that there are, then an error."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_FETCHED, ignore_eos=True)
+    expected = llm.generate("abc", params, use_tqdm=False)[0].outputs[0].token_ids
+    with process(folder, HANGING, step_timeout=3) as (server, url):
+        body = {"prompt": "abc", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+        with httpx2.stream("POST", url + PATH, json=body, timeout=60) as response:
+            lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+        assert response.status_code == 200 and lines[-1] == "data: [DONE]"
+        assert [token for line in lines[:-2] for token in json.loads(line[6:])["choices"][0]["token_ids"]] == expected
+        assert json.loads(lines[-2][6:])["error"]["code"] == "service_unavailable"
+        assert health(url) in (503, 0)
+        assert server.wait(60) == 1
+        assert server.stderr is not None
+        last = "pjax: the engine died: EngineDeadError: a step has not ended within step_timeout, 3 seconds"
+        assert server.stderr.read().splitlines()[-1] == last
+
+
+def test_sigterm_waits_for_no_compilation(folder: Path) -> None:
+    statuses: list[int] = []
+    with process(folder, COMPILING, drain_seconds=0.5) as (server, url):
+
+        def ask() -> None:
+            statuses.append(httpx2.post(url + PATH, json={"prompt": "abc", "max_tokens": 2}, timeout=60).status_code)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_for(lambda: metrics(url)["vllm:num_requests_running"] == 1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        thread.join(60)
+        assert server.stderr is not None and "Traceback" not in server.stderr.read()
+    assert statuses == [503]
+
+
+def test_an_engine_whose_thread_fails_ends_the_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The engine fails outside of its steps, as it lets go of a request whose client has left."""
+    llm = AsyncLLM(folder, **OPTIONS)
+
+    fetch = llm.engine.runner.fetch
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return fetch(*arguments)
+
+    def failing(request_id: str) -> None:
+        raise KeyError("no such page")
+
+    monkeypatch.setattr(llm.engine.runner, "fetch", slow)
+    with serving(llm) as (url, statuses):
+        body = {"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
+        with httpx2.stream("POST", url + PATH, json=body, timeout=60) as response:
+            next(response.iter_lines())
+            monkeypatch.setattr(llm.engine, "abort_request", failing)
+        wait_for(lambda: health(url) in (503, 0))
+    assert statuses == [1] and capfd.readouterr().err.splitlines()[-1] == "pjax: the engine died: KeyError: 'no such page'"
+
+
+def test_shutdown_does_not_wait_for_a_prompt_that_is_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "LATE", 0.0)
+    llm = ScriptedLLM(tmp_path, "x")
+    begun, gate = threading.Event(), threading.Event()
+
+    def encode(*arguments: Any) -> list[int]:
+        begun.set()
+        gate.wait()
+        return [1]
+
+    with start(llm, drain_seconds=0.1) as server:
+        monkeypatch.setattr(llm.engine.tokenizer, "encode", encode)
+
+        def ask() -> None:
+            with contextlib.suppress(httpx2.TransportError):
+                httpx2.post(server.url + PATH, json={"prompt": "abc"}, timeout=60)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert begun.wait(60)
+        server.stop()
+        assert not gate.is_set()
+        gate.set()
+        thread.join(60)
+
+
+def test_an_engine_that_is_shut_down_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = ScriptedLLM(tmp_path, "x")
+
+    def failing() -> None:
+        raise RuntimeError("no figures")
+
+    with start(llm) as server:
+        assert [httpx2.get(server.url + path).status_code for path in OBSERVED] == [200, 200, 200]
+        llm.is_running = False
+        assert [httpx2.get(server.url + path).status_code for path in OBSERVED] == [503, 503, 200]
+        assert "the engine is shut down" in httpx2.get(f"{server.url}/health").text
+        monkeypatch.setattr(llm, "stats", failing)
+        assert [httpx2.get(server.url + path).status_code for path in OBSERVED] == [503, 503, 503]
 
 
 def test_after_a_limit_requests_are_told_that_the_server_ends(tmp_path: Path) -> None:
@@ -150,24 +286,27 @@ def test_a_draining_server_takes_no_more(tmp_path: Path) -> None:
 
 def test_a_dead_engine_is_told_by_health_and_ends_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     llm = ScriptedLLM(tmp_path, "x")
-    statuses: list[int] = []
-    listener = bind("127.0.0.1", 0)
-    config = ServerConfig(model="tiny")
-    thread = threading.Thread(target=lambda: statuses.append(serve_llm(llm, config, listener)))  # type: ignore[arg-type]
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread.start()
-
-    def health() -> int:
-        try:
-            return httpx2.get(f"{url}/health").status_code
-        except httpx2.TransportError:
-            return 0
-
-    wait_for(lambda: health() == 200)
-    llm.is_running, llm.error = False, EngineDeadError("boom")
-    assert health() in (503, 0)
-    thread.join(60)
+    with serving(llm) as (url, statuses):
+        llm.is_running, llm.error = False, EngineDeadError("boom")
+        assert health(url) in (503, 0)
     assert statuses == [1] and capfd.readouterr().err.splitlines()[-1] == "pjax: the engine died: EngineDeadError: boom"
+
+
+def test_requests_of_a_dead_engine_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "LATE", 0.0)
+    llm = ScriptedLLM(tmp_path, "x", pause=10**6)
+    with serving(llm, drain_seconds=10**6) as (url, statuses):
+
+        def ask() -> None:
+            with contextlib.suppress(httpx2.TransportError):
+                httpx2.post(url + PATH, json={"prompt": "abc"}, timeout=60)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_for(lambda: llm.num_open == 1)
+        llm.is_running, llm.error = False, EngineDeadError("boom")
+    thread.join(60)
+    assert statuses == [1] and llm.num_open == 0
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(folder: Path) -> None:
