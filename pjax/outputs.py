@@ -26,7 +26,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     """"stop" (end of sequence, stop token or stop string), "length", "abort", "timeout", or "error", where no next token could be
-    sampled; None while running."""
+    sampled or something failed for this request on the host; None while running."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for the end-of-sequence token. Of an "error" it is the message."""
 

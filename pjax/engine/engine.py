@@ -341,7 +341,7 @@ class LLMEngine:
         """
         if expired := self.scheduler.expire(time.monotonic()):
             ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
-            return ready + [self._views.output(request_id) for request_id in expired]
+            return ready + [self._output(request_id) for request_id in expired]
         self._note_pause()
         with self._recovery():
             # While a program is being compiled, the next step may need it: the tokens in flight would wait for that too.
@@ -406,14 +406,18 @@ class LLMEngine:
     def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         now, plan = time.monotonic(), step.plan
         places = {id(request): index for index, request in enumerate(plan.sampled)}
-        self._views.observe_prompt(plan, result.prompt)
         changed: dict[str, None] = {}  # in the order of the plan
+        for request in self._observe_prompts(plan, result):
+            changed[request.request_id] = None
         for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
-            self._observe(request, result, places[id(request)], now)
+            try:
+                self._observe(request, result, places[id(request)], now)
+            except Exception as error:
+                self._fail(request, error)
             self._count(request)
             changed[request.request_id] = None
         self._counters.num_steps += 1
-        outputs = [self._views.output(request_id) for request_id in changed]
+        outputs = [self._output(request_id) for request_id in changed]
         seconds = now - max(step.started, self._last_end) if step.is_timed else None
         prefill = int(plan.counts[plan.num_decode :].sum())
         if seconds is not None:
@@ -421,6 +425,32 @@ class LLMEngine:
         self._last_end = now
         self._tell(StepStats(seconds, prefill, plan.num_decode, len(plan.rows)))
         return outputs
+
+    def _observe_prompts(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        """Takes log-probabilities of prompt tokens; the requests for which that failed."""
+        first, failed = 0, []
+        for index, start, stop in plan.scored:
+            assert result.prompt is not None
+            try:
+                self._views.observe_prompt(plan.requests[index], result.prompt, first, start, stop)
+            except Exception as error:
+                self._fail(plan.requests[index], error)
+                failed.append(plan.requests[index])
+            first += stop - start
+        return failed
+
+    def _output(self, request_id: str) -> RequestOutput:
+        try:
+            return self._views.output(request_id)
+        except Exception as error:
+            self.scheduler.abort(request_id)
+            return self._views.failed_output(request_id, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Ends a request for which something went wrong on the host; all others go on."""
+        self.scheduler.fail(request, error)
+        request.metrics.finished_time = time.monotonic()
+        self._views.fail(request, 0)
 
     def _tell(self, stats: StepStats) -> None:
         """Calls `on_step`; what fails there is the caller's, and no request's."""

@@ -12,7 +12,7 @@ from pjax.runner import StepResult
 from pjax.sampling.prompt_logprobs import PromptScores
 from pjax.sampling.sampler import NO_TOKEN
 from pjax.sampling.vocabulary import NOT_FINITE
-from pjax.scheduler import Request, StepPlan
+from pjax.scheduler import Request
 from pjax.scheduler.beam import BeamSearch
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.tokenizer import Tokenizer
@@ -72,20 +72,20 @@ class Views:
             scores = [None] * len(first.prompt_token_ids)
         self._groups[first.request_id] = _Group(prompt, list(first.prompt_token_ids), [view(request) for request in requests], scores)
 
-    def observe_prompt(self, plan: StepPlan, scores: PromptScores | None) -> None:
-        """Takes the log-probabilities of prompt tokens that a step has computed; those computed again are the same."""
-        first = 0
-        for index, start, end in plan.scored:
-            assert scores is not None
-            request = plan.requests[index]
-            group = self._groups.get(request.request_id)
-            # An id may belong to another request by now.
-            if group is not None and group.sequences[request.index].request is request and group.prompt_logprobs is not None:
-                count, detokenize = request.params.prompt_logprobs or 0, request.params.detokenize
-                for place, position in enumerate(range(start + 1, end + 1), first):
-                    row = (scores.logprobs[place], scores.ranks[place], scores.top_tokens[place], scores.top_logprobs[place])
-                    group.prompt_logprobs[position] = self._entries(request.prompt_token_ids[position], *row, count, detokenize)
-            first += end - start
+    def observe_prompt(self, request: Request, scores: PromptScores, first: int, start: int, end: int) -> None:
+        """Takes the log-probabilities of the tokens after positions `[start, end)` of a prompt; those computed again are the same.
+
+        Args:
+          first: where they begin in `scores`.
+        """
+        group = self._groups.get(request.request_id)
+        # An id may belong to another request by now.
+        if group is None or group.sequences[request.index].request is not request or group.prompt_logprobs is None:
+            return
+        count, detokenize = request.params.prompt_logprobs or 0, request.params.detokenize
+        for place, position in enumerate(range(start + 1, end + 1), first):
+            row = (scores.logprobs[place], scores.ranks[place], scores.top_tokens[place], scores.top_logprobs[place])
+            group.prompt_logprobs[position] = self._entries(request.prompt_token_ids[position], *row, count, detokenize)
 
     def observe(self, request: Request, result: StepResult, index: int) -> str | None:
         """Takes a sequence's newest token, sample `index` of the step; the stop string that its text ends with, if any."""
@@ -106,12 +106,20 @@ class Views:
         return sequence.detokenizer.stop_reason
 
     def fail(self, request: Request, failure: int) -> None:
-        """Says why a sequence, or the search of a beam, has ended for want of a token; `failure` is a key of FAILURES."""
-        place = len(request.prompt_token_ids) + len(request.output_token_ids)
-        message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
-        log.warning("%s", message)
+        """Says why a sequence, or the search of a beam, or a request has ended with reason "error".
+
+        Args:
+          failure: a key of FAILURES, where it ended for want of a token; `request.error` comes first.
+        """
+        if request.error is not None:
+            message = f"{type(request.error).__name__}: {request.error} (request {request.request_id!r})"
+            log.error("%s", message, exc_info=request.error)
+        else:
+            place = len(request.prompt_token_ids) + len(request.output_token_ids)
+            message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
+            log.warning("%s", message)
         for sequence in self._groups[request.request_id].sequences:
-            if sequence.request is request or request.beam is not None:
+            if sequence.request is request or (sequence.request.finish_reason == "error" and sequence.request.stop_reason is None):
                 sequence.request.stop_reason = message
 
     def _entries(
@@ -129,9 +137,7 @@ class Views:
         group = self._groups[request_id]
         first, scores = group.sequences[0].request, group.prompt_logprobs
         finished = all(sequence.request.finish_reason is not None for sequence in group.sequences)
-        if finished:
-            del self._groups[request_id]
-        return RequestOutput(
+        output = RequestOutput(
             request_id=request_id,
             prompt=group.prompt,
             prompt_token_ids=group.prompt_token_ids,
@@ -140,6 +146,34 @@ class Views:
             prompt_logprobs=list(scores) if scores is not None and None not in scores[1:] else None,
             num_cached_tokens=first.num_cached_tokens,
             metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
+        )
+        if finished:
+            del self._groups[request_id]
+        return output
+
+    def failed_output(self, request_id: str, error: Exception) -> RequestOutput:
+        """The last output of a request of which `output` failed: its tokens, with reason "error"; it is forgotten."""
+        group = self._groups.pop(request_id)
+        message = f"{type(error).__name__}: {error} (request {request_id!r})"
+        log.error("%s", message, exc_info=error)
+        first = group.sequences[0].request
+        return RequestOutput(
+            request_id=request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            outputs=[
+                CompletionOutput(
+                    index=index,
+                    text=sequence.text,
+                    token_ids=list(sequence.request.output_token_ids),
+                    finish_reason="error",
+                    stop_reason=message,
+                )
+                for index, sequence in enumerate(group.sequences[: first.params.n])
+            ],
+            finished=True,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=first.metrics,
         )
 
     def _found(self, search: BeamSearch, group: _Group) -> list[CompletionOutput]:
@@ -150,7 +184,7 @@ class Views:
             beams = [group.sequences[index].request for index in search.beams]
             found += [
                 (list(beam.output_token_ids), float(total), beam.finish_reason, beam.stop_reason)
-                for beam, total in zip(beams, search.cum_logprobs, strict=True)
+                for beam, total in zip(beams, search.cum_logprobs, strict=False)  # fewer beams where it failed half-way
                 if beam.finish_reason is not None and (beam.output_token_ids or beam.finish_reason == "error")
             ]
         return [

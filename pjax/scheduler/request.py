@@ -73,6 +73,8 @@ class Request:
     """Of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None
     """Tokens that were in the pages already when it first ran; None before."""
+    error: Exception | None = None
+    """What went wrong with it on the host, where it ended with reason "error" for that."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

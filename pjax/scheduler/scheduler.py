@@ -287,7 +287,7 @@ class Scheduler:
           top: of each of `plan.sampled` the likeliest tokens and their log-probabilities, [m, k] both; read for beams.
 
         Returns the sequences that got a token or ended with reason "error", for want of one, and of a beam search that is done the
-        last to catch up. Those aborted since the plan was made are skipped.
+        last to catch up. Those aborted since the plan was made are skipped. What fails for one request ends that request alone.
         """
         self._num_in_flight -= 1
         changed = []
@@ -295,23 +295,35 @@ class Scheduler:
             request.num_in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue
-            if token < 0:
-                self.sequences.fail(request)
-                changed.append(request)
-                continue
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if request.beam is not None:
-                assert top is not None
-                self.sequences.take_candidates(request, (top[0][index], top[1][index]))
-                self.sequences.advance(request.beam, self.sequences.unfinished[request.request_id])
-                if request.beam.done:
+            try:
+                candidates = None if request.beam is None or top is None else (top[0][index], top[1][index])
+                if self._take(request, token, candidates, now):
                     changed.append(request)
-                continue
-            self.sequences.append(request, token)
-            changed.append(request)
-            self._stop(request, token)
+            except Exception as error:
+                self.fail(request, error)
+                changed.append(request)
         return changed
+
+    def _take(self, request: Request, token: int, candidates: Candidates | None, now: float) -> bool:
+        """Takes what a step has sampled for a sequence; whether there is news of it."""
+        if token < 0:
+            self.sequences.fail(request)
+            return True
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        if request.beam is not None:
+            assert candidates is not None
+            self.sequences.take_candidates(request, candidates)
+            self.sequences.advance(request.beam, self.sequences.unfinished[request.request_id])
+            return request.beam.done
+        self.sequences.append(request, token)
+        self._stop(request, token)
+        return True
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request, all its unfinished sequences, with reason "error": something went wrong with it on the host."""
+        self.sequences.finish_all(request.request_id, "error")
+        request.error, request.finish_reason = error, "error"
 
     def drop(self, plan: StepPlan) -> None:
         """Instead of `commit`, for a step all of whose sequences have ended: nobody waits for its tokens."""

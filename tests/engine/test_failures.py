@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pjax import LLM, LLMEngine, RequestOutput, SamplingParams
+from pjax import LLM, BeamSearchParams, LLMEngine, RequestOutput, SamplingParams
 from pjax.engine import StepStats
 from pjax.engine.engine import LONG_PAUSE
+from pjax.scheduler import Request
 from tests.engine import common
 from tests.engine.common import greedy, ids
 
@@ -126,6 +127,56 @@ def test_ctrl_c_loses_nothing(
     assert run(llm.engine, (KeyboardInterrupt,)) == expected
     assert interrupted == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        ("scheduler", "_take"),
+        ("scheduler", "_stop"),
+        ("scheduler.sequences", "append"),
+        ("scheduler.sequences", "advance"),
+        ("_views", "observe"),
+        ("_views", "observe_prompt"),
+        ("_views", "_entries"),
+        ("_views", "_found"),
+        ("_views", "output"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("victim", ["scored", "two", "beams"])
+def test_what_fails_for_one_request_on_the_host_ends_that_request_alone(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, victim: str
+) -> None:
+    """Where it takes its third token, or the log-probabilities of its prompt; with what it had by then."""
+    owner: Any = llm.engine
+    for name in part.split("."):
+        owner = getattr(owner, name)
+    whole, calls, failed = getattr(owner, method), [0], list[str]()
+
+    def fails_for_victim(*arguments: Any) -> Any:
+        named = {one.request_id for one in arguments if isinstance(one, Request)} | {one for one in arguments if isinstance(one, str)}
+        named |= {sequence.request_id for one in arguments if isinstance(one, list) for sequence in one if isinstance(sequence, Request)}
+        calls[0] += victim in named or method in ("_entries", "_found")
+        if calls[0] == (1 if method in ("observe_prompt", "_found") else 3) and not failed:
+            failed.append(victim)
+            raise RuntimeError("injected")
+        return whole(*arguments)
+
+    monkeypatch.setattr(owner, method, fails_for_victim)
+    add_all(llm.engine)
+    llm.engine.add_request("beams", BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True), "beams")
+    found = run(llm.engine)
+    monkeypatch.undo()
+    if not failed:
+        pytest.skip(f"{victim} takes no part in {method}")
+    llm.engine.add_request("beams", BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True), "beams")
+    all_of_them = expected | run(llm.engine)
+    ended = {name for name in all_of_them if found[name] != all_of_them[name]}
+    assert ended == {{"_entries": "scored", "_found": "beams"}.get(method, victim)}
+    sequences, _ = found[ended.pop()]
+    reasons = [reason for _, _, reason in sequences]
+    assert "error" in reasons or not reasons, reasons
 
 
 def test_a_callback_that_fails_is_the_callers_business(
