@@ -40,13 +40,15 @@ def make_request(number: int, rng: np.random.Generator, max_tokens: int, prompt_
 def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator, prompt_len: int) -> Iterator[tuple[str, Times]]:
     """Steps of a full batch: whether it decodes alone, and what schedule, pack and commit took, in milliseconds."""
     budget = max(512, 2 * count, 8192 if prompt_len else 0)
-    length, num_pages = prompt_len + 2048, count * (64 + -(-prompt_len // 16))
+    longer = 2 * count * prompt_len // budget + 4 * num_steps * bool(prompt_len)  # none ends before the last prompt is computed
+    length = prompt_len + longer + 2048
+    num_pages = count * -(-length // 16) if prompt_len else count * 64
     scheduler = Scheduler(num_pages=num_pages, page_size=16, max_model_len=length, max_num_seqs=count, max_num_batched_tokens=budget)
     buckets, sampling = make_buckets(count, budget), SamplingTable(count)
     numbers, left = itertools.count(), num_steps
     while left:
         while scheduler.num_running + scheduler.num_waiting < count + max(waiting, 0 if prompt_len else 8):
-            scheduler.add(make_request(next(numbers), rng, int(rng.integers(200, 700)) + 300 * bool(prompt_len), prompt_len))
+            scheduler.add(make_request(next(numbers), rng, int(rng.integers(200, 700)) + longer, prompt_len))
         times = [time.thread_time()]
         plan = scheduler.schedule()
         times.append(time.thread_time())

@@ -73,7 +73,15 @@ def test_instructions_belong_to_the_files_that_they_came_from() -> None:
 @pytest.mark.slow
 def test_a_real_trace(tmp_path: Path) -> None:
     """Every step is found by its name, and the parts of each are all of it."""
-    llm = LLM(write_model(tmp_path / "tiny"), max_model_len=64, max_num_seqs=4, max_num_batched_tokens=16, num_pages=32, progress=False)
+    llm = LLM(
+        write_model(tmp_path / "tiny"),
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        num_pages=32,
+        warmup="all",
+        progress=False,
+    )
 
     def run() -> float:
         llm.generate([[1, 2, 3, 4]] * 4, SamplingParams(temperature=1, seed=1, max_tokens=5, ignore_eos=True), use_tqdm=False)
