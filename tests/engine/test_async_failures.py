@@ -303,12 +303,17 @@ def test_a_hung_step_is_the_engines_end(
         slow_down(llm, monkeypatch)
         stream = llm.generate(PROMPTS[0], greedy(LONG))
         first = await soon(anext(stream))
+        while llm.stats().generation_tokens < 3:
+            await asyncio.sleep(0.01)
         hangs = hang(llm, monkeypatch, gate)
         await soon(asyncio.to_thread(hangs.wait))
         waiting = [asyncio.create_task(tokens(llm, [5], LONG)) for _ in range(6)]
         asking = asyncio.create_task(llm.abort("x"))
+        while llm.is_running:
+            await asyncio.sleep(0.01)
         seen = [first, *await soon(until_told(stream))]
         assert [output.outputs[0].token_ids for output in seen] == sorted((output.outputs[0].token_ids for output in seen), key=len)
+        assert len(seen[-1].outputs[0].token_ids) == llm.stats().generation_tokens, "what nobody had read yet is not lost"
         for task in (*waiting, asking):
             await told(task, r"a step has not ended within step_timeout, 2 seconds")
         await told(llm.abort("y"), "step_timeout")
@@ -359,8 +364,8 @@ def test_time_for_weights_programs_nothing_or_other_steps_is_not_a_steps(
     async def main() -> None:
         assert await soon(tokens(llm, PROMPTS[0], 10)) == expected[0]
         await asyncio.sleep(STEP_TIMEOUT + 0.5)
-        slow_down(llm, monkeypatch, 0.4 * STEP_TIMEOUT)  # several steps together take longer than one may
-        assert await soon(tokens(llm, PROMPTS[1], 6)) == expected[1][:6]
+        slow_down(llm, monkeypatch, 0.7 * STEP_TIMEOUT)  # several steps together take longer than one may
+        assert await soon(tokens(llm, PROMPTS[1], 4)) == expected[1][:4]
 
     asyncio.run(main())
     assert begun.is_set() and llm.is_running
