@@ -161,11 +161,29 @@ def _sections(kernel: Kernel) -> tuple[tuple[str, int], ...] | None:
     return ((axis, kernel.shape[0]),) if isinstance(axis, str) else axis
 
 
-class LayerKernels(nnx.Module):
-    """The kernels of one product in all layers where they can't be stacked, being of several kinds: a scanned layer holds them."""
+class LayerKernels(nnx.Module, Kernel):
+    """The kernels of one product in all layers where they can't be stacked, being of several kinds: a scanned layer holds them.
+
+    It multiplies when a layer is chosen, as a `ChosenKernel`.
+    """
 
     def __init__(self, kernels: Sequence[Kernel]) -> None:
         self.of_layer = nnx.List(kernels)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of every layer's."""
+        return self.of_layer[0].shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the first layer's."""
+        return self.of_layer[0].dtype
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of the first layer's."""
+        return self.of_layer[0].axes
 
 
 class ChosenKernel(Kernel):

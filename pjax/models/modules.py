@@ -8,25 +8,25 @@ from typing import Any
 import jax
 from flax import nnx
 
-from pjax.models.kernels import Kernel, LayerKernels
+from pjax.models.kernels import Kernel
 
 Path = tuple[Any, ...]
 """Names of attributes and numbers in lists, from a module down."""
 
 
 def parts_of(module: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every kernel (`Kernel` or `LayerKernels`) and every other NNX variable of a module, with its path; no part of a kernel by itself."""
+    """Every kernel and every other NNX variable of a module, with its path; no part of a kernel by itself."""
     for name, child in nnx.iter_children(module):
         where = (*path, name)
-        if isinstance(child, Kernel | LayerKernels | nnx.Variable):
+        if isinstance(child, Kernel | nnx.Variable):
             yield where, child
         else:
             yield from parts_of(child, where)
 
 
-def kernels_in(module: Any) -> dict[Path, Kernel | LayerKernels]:
+def kernels_in(module: Any) -> dict[Path, Kernel]:
     """Every kernel of a module by its path. Kernels that are parts of another are not there by themselves."""
-    return {path: part for path, part in parts_of(module) if isinstance(part, Kernel | LayerKernels)}
+    return {path: part for path, part in parts_of(module) if isinstance(part, Kernel)}
 
 
 def replace_at(module: Any, path: Path, kernel: Any) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of several kinds in one model, against numpy in float64. A second kind is made up here: int8 with a scale for each row."""
+"""Kernels of several kinds in one model, against numpy in float64. The second kind is tests/models/int8_kernel.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
 
 from pjax import LLM, SamplingParams, models
 from pjax.errors import CheckpointError, ConfigError
@@ -20,34 +19,12 @@ from pjax.models.kernels import FloatKernel, Kernel, LayerKernels, SideBySide, s
 from pjax.models.layers import Embedding, LayerStack, Linear, RMSNorm, head_logits
 from pjax.models.modules import kernels_in
 from pjax.models.weights import expand, load_into, to_sources
+from pjax.pallas_kernels import native
 from tests.engine import common
+from tests.models.int8_kernel import Int8Kernel, as_int8
 from tests.tiny import write_model
 
 MODES = ("unroll", "scan", "loop")
-
-
-class Int8Kernel(nnx.Module, Kernel):
-    """Weights are values · scales."""
-
-    def __init__(self, values: jax.Array, scales: jax.Array, axes: Any = (None, None)) -> None:
-        self.values = nnx.Param(values, axes=axes)  # int8 [out, in]
-        self.scales = nnx.Param(scales, axes=axes[:1])  # float32 [out]
-
-    @property
-    def shape(self) -> Any:
-        return self.values.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.values.dtype
-
-    @property
-    def axes(self) -> Any:
-        return self.values.get_metadata("axes")
-
-    def matmul(self, x: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
-        y = lax.dot_general(x, self.values[...].astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        return y * self.scales[...]
 
 
 def floats(rng: np.random.Generator, *shape: int) -> FloatKernel:
@@ -63,7 +40,15 @@ def both(rng: np.random.Generator, num_out: int, num_in: int) -> Kernel:
     return side_by_side([floats(rng, 3, num_in), int8(rng, num_out - 3, num_in)])
 
 
-KINDS: dict[str, Any] = {"float": floats, "int8": int8, "both": both}
+def other_way_round(rng: np.random.Generator, num_out: int, num_in: int) -> Kernel:
+    return side_by_side([int8(rng, 3, num_in), floats(rng, num_out - 3, num_in)])
+
+
+def bfloat16(rng: np.random.Generator, *shape: int) -> FloatKernel:
+    return FloatKernel(floats(rng, *shape)[...].astype(jnp.bfloat16), axes=("ffn", "embed"))
+
+
+KINDS: dict[str, Any] = {"float": floats, "int8": int8, "both": both, "other": other_way_round, "bfloat16": bfloat16}
 
 
 def in_float64(kernel: Any) -> np.ndarray:
@@ -104,16 +89,17 @@ def test_logits_by_a_head_of_any_kind(kind: str, num_rows: int | None) -> None:
 
 
 class Block(nnx.Module):
-    """A norm and a product in a list, so that there are other arrays and a path through a list."""
+    """A norm, a product in a list and an array [1, 8] that is no kernel."""
 
     def __init__(self, kernel: Kernel | None = None) -> None:
+        self.shift = nnx.Param(jnp.zeros((1, 8)))
         self.norm = RMSNorm(8, epsilon=1e-6, dtype=jnp.float32)
         self.products = nnx.List([Linear(8, 8, dtype=jnp.float32)])
         if kernel is not None:
             self.products[0].kernel = kernel
 
     def __call__(self, x: jax.Array, pages: jax.Array, layer: Any, context: Any) -> tuple[jax.Array, jax.Array]:
-        return x + self.products[0](self.norm(x)), pages
+        return x + self.shift[...] + self.products[0](self.norm(x)), pages
 
 
 def blocks(kinds: Sequence[str]) -> list[Block]:
@@ -121,6 +107,7 @@ def blocks(kinds: Sequence[str]) -> list[Block]:
     made = [Block(KINDS[kind](rng, 8, 8)) for kind in kinds]
     for block in made:
         block.norm.scale[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
+        block.shift[...] = jnp.asarray(rng.standard_normal((1, 8)), jnp.float32)
     return made
 
 
@@ -128,11 +115,18 @@ def blocks_in_float64(x: jax.Array, layers: Sequence[Block]) -> np.ndarray:
     y = np.asarray(x, np.float64)
     for block in layers:
         normed = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + 1e-6) * np.asarray(block.norm.scale[...], np.float64)
-        y = y + normed @ in_float64(block.products[0].kernel).T
+        y = y + np.asarray(block.shift[...], np.float64) + normed @ in_float64(block.products[0].kernel).T
     return y
 
 
-STACKS = [("float", "int8", "int8", "both", "float"), ("int8",) * 3, ("both",) * 2, ("int8", "float")]
+STACKS = [
+    ("float", "int8", "int8", "both", "float"),
+    ("int8",) * 3,
+    ("both",) * 2,
+    ("int8", "float"),
+    ("both", "other"),
+    ("bfloat16", "float"),
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -152,6 +146,31 @@ def test_layers_may_differ_in_kind(kinds: Sequence[str], mode: str) -> None:
     assert np.isfinite(y).all()
     np.testing.assert_allclose(y[:4], blocks_in_float64(x, layers)[:4], rtol=1e-4, atol=1e-4)
     assert any(isinstance(kernel, LayerKernels) for kernel in kernels_in(stack).values()) == (mode == "scan" and len(set(kinds)) > 1)
+
+
+@pytest.mark.parametrize("mode", ["scan", "loop"])
+def test_a_choice_among_kinds_copies_no_kernel(mode: str) -> None:
+    """Each has 1 MiB; temporaries of a step take less than a quarter of that."""
+    size, rng = 512, np.random.default_rng(0)
+
+    class Wide(nnx.Module):
+        def __init__(self, kernel: Kernel) -> None:
+            self.product = Linear(size, size, dtype=jnp.float32)
+            self.product.kernel = kernel
+
+        def __call__(self, x: jax.Array, pages: jax.Array, layer: Any, context: Any) -> tuple[jax.Array, jax.Array]:
+            return self.product(x), pages
+
+    kernels = [floats(rng, size, size) if layer % 2 else SideBySide([floats(rng, size // 2, size)] * 2) for layer in range(4)]
+    stack = LayerStack(lambda: Wide(kernels[0]), 4, mode=mode)
+    stack.set_layers([Wide(kernel) for kernel in kernels])
+    graph, state = nnx.split(stack)
+
+    def run(state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x, jnp.zeros(()), None)[0]
+
+    compiled = jax.jit(run).lower(state, draw(4, size)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < size * size * 4 / 4
 
 
 def test_layers_that_differ_otherwise_are_refused() -> None:
@@ -178,17 +197,13 @@ def test_float_kernels_side_by_side_are_one_array() -> None:
     mixed = both(rng, 8, 8)
     assert isinstance(mixed, SideBySide) and mixed.shape == (8, 8) and mixed.dtype == jnp.int8
     assert mixed.axes == ((("ffn", 3), ("ffn", 5)), "embed")
+    assert native.library() is not None, "make test builds it"
+    assert [kernel.skips_rows(draw(4, 8)) for kernel in (joined, SideBySide(parts), mixed)] == [True, True, False]
     with pytest.raises(ValueError, match=r"kernels side by side are \[3, 8\] with axis 'embed', \[3, 9\] with axis 'embed', but must"):
         side_by_side([floats(rng, 3, 8), floats(rng, 3, 9)])
 
 
 # ---- a whole model
-
-
-def as_int8(kernel: FloatKernel) -> Int8Kernel:
-    weights = np.asarray(kernel[...])
-    scales = np.abs(weights).max(axis=1) / 127
-    return Int8Kernel(jnp.asarray(np.round(weights / scales[:, None]), jnp.int8), jnp.asarray(scales), kernel.axes)
 
 
 def as_float(kernel: Any) -> FloatKernel:
