@@ -28,7 +28,13 @@ _EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # a
 
 
 def copy_and_check(target: np.ndarray, array: np.ndarray) -> int:
-    """Casts `array` into `target`, contiguous and of the same shape; how many values are NaN or infinite then."""
+    """Casts `array` into `target`, contiguous and of the same shape; how many values are NaN or infinite then.
+
+    Whole numbers go into whole numbers as they are. Raises TypeError when the target's type does not hold all of the array's.
+    """
+    if target.dtype.kind in "iu":
+        np.copyto(target, array, casting="safe")
+        return 0
     if target.ndim == 0:
         return _copy_and_check(target[None], array[None], 0, 1)
     copy = _by_native(target, array) or partial(_copy_and_check, target, array)

@@ -11,6 +11,8 @@ from flax import nnx
 
 from pjax.errors import ConfigError
 from pjax.models import ModelSource
+from pjax.models.kernels import FloatKernel
+from pjax.models.modules import is_in, kernels_in
 from pjax.models.weights import warn_of
 
 MAX_SHOWN = 5
@@ -24,7 +26,9 @@ def source_of(model: Any) -> ModelSource:
     if not isinstance(model, nnx.Module) or not hasattr(model, "config"):
         raise ConfigError(f"model is {type(model).__name__}, but must be a path, a hub id or a model of pjax (see pjax.models.load)")
     graph, state = nnx.split(model)
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)})
+    # Kernels of other kinds have arrays of what types they like.
+    others = {path for path, kernel in kernels_in(model).items() if not isinstance(kernel, FloatKernel)}
+    dtypes = sorted({str(leaf.dtype) for path, leaf in nnx.to_flat_state(state) if not is_in(path, others)})
     if len(dtypes) != 1:
         raise ConfigError(f"the model's parameters are {', '.join(dtypes)}, but must be of one type")
     return ModelSource(

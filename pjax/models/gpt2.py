@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pjax.models.attention import PagedContext
+from pjax.models.attention import LayerOptions, PagedContext
 from pjax.models.config import ConfigReader, MultiHeadConfig
 from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
 from pjax.models.weights import Weight
@@ -68,7 +68,7 @@ class GPT2Attention(nnx.Module):
         q, k, v = heads[:, 0], heads[:, 1], heads[:, 2]
         if config.scaled_by_layer:
             q = (q.astype(jnp.float32) / jnp.asarray(layer + 1, jnp.float32)).astype(q.dtype)
-        out, pages = context.attend(pages, q, k, v, layer, scale=None if config.scaled else 1.0)
+        out, pages = context.attend(pages, q, k, v, layer, LayerOptions(scale=None if config.scaled else 1.0))
         return self.out(out.reshape(x.shape[0], -1)), pages
 
 

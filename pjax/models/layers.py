@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,50 +11,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pjax.pallas_kernels.products import is_native, product
-
-Axis = str | tuple[tuple[str, int], ...] | None
-"""The logical axis of one dimension of a parameter: a name, or several side by side with their sizes; None is whole everywhere.
-
-`pjax.models.sharding` says which of them are divided among devices.
-"""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerChoice:
-    """The kernels of one product in every layer, and whose turn it is: what a looped layer sees as its kernel.
-
-    `matmul` reads one where it lies; indexing stacked kernels would copy it.
-    """
-
-    kernels: tuple[jax.Array, ...]  # L of [out, in]
-    index: jax.Array  # int32 []
-    num_tokens: jax.Array | None  # int32 [], how many rows are tokens; None: all
-
-    def __getitem__(self, _: Any) -> LayerChoice:
-        return self  # so that `Param[...]` gives the choice
-
-
-def matmul(x: jax.Array, kernel: jax.Array | LayerChoice) -> jax.Array:
-    """x [T, in] · kernel [out, in] transposed: float32 [T, out]."""
-    return product(x, kernel.kernels, kernel.index, kernel.num_tokens) if isinstance(kernel, LayerChoice) else product(x, [kernel])
+from pjax.models.kernels import Axis, ChosenKernel, FloatKernel, Kernel, LayerKernels, groups_of
+from pjax.models.modules import Path, is_in, kernels_in, replace_at, taken_apart, with_arrays
 
 
 class Linear(nnx.Module):
-    """y = x · kernelᵀ + bias, accumulated in float32. Kernels are [out, in], as checkpoints have them.
+    """y = x · kernelᵀ + bias, accumulated in float32. `kernel` is a `Kernel` [out, in] of any kind; a `FloatKernel` at first.
 
     `axes` are the logical axes of out and in. Where the latter is divided among devices, each has a part of the sum:
     `sum_over` is the mesh's axis that they are added over.
     """
 
     def __init__(self, num_in: int, num_out: int, *, bias: bool = False, axes: tuple[Axis, Axis] = (None, None), dtype: Any) -> None:
-        self.kernel = nnx.Param(jnp.zeros((num_out, num_in), dtype), axes=axes)
+        self.kernel: Kernel = FloatKernel(jnp.zeros((num_out, num_in), dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype), axes=axes[:1]) if bias else None
         self.sum_over: str | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, in] to [T, out]."""
-        y = matmul(x, self.kernel[...])
+        y = self.kernel.matmul(x)
         if self.sum_over is not None:
             y = lax.psum(y.astype(x.dtype), self.sum_over).astype(jnp.float32)
         if self.bias is not None:
@@ -128,7 +102,7 @@ class Embedding(nnx.Module):
     """
 
     def __init__(self, num_rows: int, size: int, *, axis: Axis = None, dtype: Any) -> None:
-        self.table = nnx.Param(jnp.zeros((num_rows, size), dtype), axes=(axis, "embed"))
+        self.table = FloatKernel(jnp.zeros((num_rows, size), dtype), axes=(axis, "embed"))
         self.sum_over: str | None = None
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -150,24 +124,23 @@ def head_logits(x: jax.Array, head: Linear | None, embed: Embedding, num_rows: j
     Args:
       num_rows: int32 [], how many rows count, by default all; logits of others may be zeros.
     """
-    kernel = (embed.table if head is None else head.kernel)[...]
+    kernel: Kernel = embed.table if head is None else head.kernel
     if num_rows is None:
-        return matmul(x, kernel)
-    if not is_native(x, kernel):
+        return kernel.matmul(x)
+    if not kernel.skips_rows(x):
         return _some_logits(x, kernel, num_rows)
+    return lax.platform_dependent(
+        cpu=lambda: kernel.matmul(x, num_rows),
+        default=lambda: _some_logits(x, kernel, num_rows),
+    )
 
-    def native(x: jax.Array, kernel: jax.Array, num_rows: jax.Array) -> jax.Array:
-        return product(x, [kernel], 0, num_rows)
 
-    return lax.platform_dependent(x, kernel, num_rows, cpu=native, default=_some_logits)
-
-
-def _some_logits(x: jax.Array, kernel: jax.Array, num_rows: jax.Array) -> jax.Array:
+def _some_logits(x: jax.Array, kernel: Kernel, num_rows: jax.Array) -> jax.Array:
     count = x.shape[0]
     sizes = [size for size in HEAD_ROWS if size < count] + [count]
 
     def branch(size: int) -> Callable[[], jax.Array]:
-        return lambda: jnp.pad(matmul(x[:size], kernel), ((0, count - size), (0, 0)))
+        return lambda: jnp.pad(kernel.matmul(x[:size]), ((0, count - size), (0, 0)))
 
     if len(sizes) == 1:
         return branch(count)()
@@ -187,7 +160,11 @@ class LayerStack(nnx.Module):
     loop: once, over the layers' own weights, each product choosing its kernel. For CPUs: compiles nearly as fast as
       scan and runs as fast as unroll.
 
+    The layers' kernels may be of different kinds (`set_layers`). Scanned layers keep the kernels of such a product unstacked, and
+    choose among them as the loop does.
+
     Args:
+      make: a layer.
       rows_are_tokens: a promise that the rows of every product of a layer are the step's T tokens in their order. Then the loop's
         native products leave out those that are padding, of which `context`, the first of `shared`, knows the number.
     """
@@ -203,6 +180,24 @@ class LayerStack(nnx.Module):
         else:
             self.layers = nnx.List([make() for _ in range(num_layers)])
 
+    def set_layers(self, layers: Sequence[nnx.Module]) -> None:
+        """Puts other layers in the place of the stack's. They are equal but for the kinds of their kernels.
+
+        Raises ValueError when there are not L of them, or they differ otherwise.
+        """
+        if len(layers) != self.num_layers:
+            raise ValueError(f"there are {len(layers)} layers, but must be {self.num_layers}")
+        choices, _ = taken_apart(layers)
+        if self.mode != "scan":
+            self.layers = nnx.List(layers)
+            return
+        mixed = {path: kernels for path, kernels in choices.items() if len(groups_of(kernels)) > 1}
+        flat = [nnx.to_flat_state(nnx.state(layer)) for layer in layers]
+        by_path = {path: [dict(arrays)[path].get_value() for arrays in flat] for path, _ in flat[0] if not is_in(path, mixed)}
+        self.layers = with_arrays(layers[0], {path: jnp.stack(arrays) for path, arrays in by_path.items()})
+        for path, kernels in mixed.items():
+            replace_at(self.layers, path, LayerKernels(kernels))
+
     def __call__(self, x: jax.Array, pages: jax.Array, *shared: Any) -> tuple[jax.Array, jax.Array]:
         """Runs `x, pages = layer(x, pages, layer_index, *shared)` for each layer in turn."""
         if self.mode == "unroll":
@@ -217,18 +212,38 @@ class LayerStack(nnx.Module):
         return lax.scan(step, (x, pages), jnp.arange(self.num_layers, dtype=jnp.int32))[0]
 
     def _scanned(self) -> Callable[[jax.Array], Any]:
-        graph, stacked = nnx.split(self.layers)
-        return lambda index: nnx.merge(graph, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked))
-
-    def _looped(self, num_tokens: jax.Array | None) -> Callable[[jax.Array], Any]:
-        split = [nnx.split(layer) for layer in self.layers]
-        graph, structure = split[0][0], jax.tree.structure(split[0][1])
-        by_leaf = list(zip(*(jax.tree.leaves(state) for _, state in split), strict=True))
-        # Vectors (norms, biases) are small: stacking them costs less than a conditional each.
-        stacked = [jnp.stack(leaves) if leaves[0].ndim < 2 else leaves for leaves in by_leaf]
+        choices = {path: list(kernel.of_layer) for path, kernel in kernels_in(self.layers).items() if isinstance(kernel, LayerKernels)}
+        flat = nnx.to_flat_state(nnx.state(self.layers))
+        stacked = {path: leaf.get_value() for path, leaf in flat if not is_in(path, choices)}
 
         def layer_at(index: jax.Array) -> Any:
-            leaves = [LayerChoice(leaf, index, num_tokens) if isinstance(leaf, tuple) else leaf[index] for leaf in stacked]
-            return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+            layer = with_arrays(
+                self.layers, {path: lax.dynamic_index_in_dim(array, index, keepdims=False) for path, array in stacked.items()}
+            )
+            return _choosing(layer, choices, index, None)
 
         return layer_at
+
+    def _looped(self, num_tokens: jax.Array | None) -> Callable[[jax.Array], Any]:
+        choices, others = taken_apart(self.layers)
+        # Vectors (norms, biases) are small: stacking them costs less than a conditional each.
+        stacked = {path: jnp.stack(arrays) for path, arrays in others.items() if arrays[0].ndim < 2}
+
+        def array_at(path: Path, index: jax.Array) -> jax.Array:
+            if path in stacked:
+                return stacked[path][index]
+            array: jax.Array = lax.switch(index, [partial(jnp.asarray, array) for array in others[path]])
+            return array
+
+        def layer_at(index: jax.Array) -> Any:
+            layer = with_arrays(self.layers[0], {path: array_at(path, index) for path in others})
+            return _choosing(layer, choices, index, num_tokens)
+
+        return layer_at
+
+
+def _choosing(layer: Any, choices: Mapping[Path, Sequence[Kernel]], index: jax.Array, num_rows: jax.Array | None) -> Any:
+    """The layer, with the kernels of all layers in the place of its own."""
+    for path, kernels in choices.items():
+        replace_at(layer, path, ChosenKernel(kernels, index, num_rows))
+    return layer

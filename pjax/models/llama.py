@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pjax.errors import CheckpointError, UnsupportedError
-from pjax.models.attention import PagedContext
+from pjax.errors import CheckpointError
+from pjax.models.attention import LayerOptions, PagedContext
 from pjax.models.config import ConfigReader, RopeConfig
 from pjax.models.layers import ACTIVATIONS, Embedding, LayerStack, Linear, RMSNorm, head_logits
 from pjax.models.rope import rotate, rotation
@@ -20,6 +20,7 @@ from pjax.models.weights import Weight
 
 PREFIX = "model."
 OTHER_NAMES: dict[str, str] = {}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class LlamaConfig:
     out_bias: bool
     mlp_bias: bool
     head_norm: bool  # queries and keys are normed head by head (Qwen 3)
-    sliding_window: int | None
+    sliding_window: int | tuple[int | None, ...] | None  # one for each layer where they differ
     tied: bool
 
     @classmethod
@@ -79,20 +80,22 @@ class LlamaConfig:
         return made
 
 
-def _window(config: ConfigReader, kind: str) -> int | None:
-    """The sliding window of all layers. A llama has none; a mistral has one; a qwen has one that may be off, or for some layers."""
+def _window(config: ConfigReader, kind: str) -> int | tuple[int | None, ...] | None:
+    """The sliding window. A llama has none; a mistral has one; a qwen has one that may be off, or for some layers."""
     if kind not in ("mistral", "qwen2", "qwen3"):
         return None
     window = None if config.get("sliding_window") is None else config.integer("sliding_window")
     num_layers, first = config.integer("num_hidden_layers"), config.get("max_window_layers", 0)
     types = config.get("layer_types")
+    if types is not None and not (isinstance(types, list) and len(types) == num_layers and set(types) <= LAYER_TYPES):
+        raise CheckpointError(f"{kind} config: layer_types is {types!r}, but must be {num_layers} of {', '.join(sorted(LAYER_TYPES))}")
     if kind != "mistral" and not config.flag("use_sliding_window"):
         window = None
     if window is None:
         return None
     slides = [kind == "sliding_attention" for kind in types] if types else [layer >= first for layer in range(num_layers)]
     if any(slides) and not all(slides):
-        raise UnsupportedError(f"{kind} config: {sum(slides)} of {num_layers} layers have the sliding window; supported: all or none")
+        return tuple(window if is_sliding else None for is_sliding in slides)
     return window if all(slides) else None
 
 
@@ -120,7 +123,7 @@ class LlamaAttention(nnx.Module):
             heads = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=1)
         turned = rotate(heads[:, : num_q + num_kv], *rope)
         q, k, v = turned[:, :num_q], turned[:, num_q:], heads[:, num_q + num_kv :]
-        out, pages = context.attend(pages, q, k, v, layer, sliding_window=config.sliding_window)
+        out, pages = context.attend(pages, q, k, v, layer, LayerOptions(sliding_window=config.sliding_window))
         return self.out(out.reshape(x.shape[0], num_q * config.head_size)), pages
 
 

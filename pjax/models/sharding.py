@@ -21,8 +21,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pjax.errors import ConfigError, UnsupportedError
 from pjax.models.arena import aligned_empty
 from pjax.models.copying import numpy_dtype
-from pjax.models.layers import Axis, Embedding, Linear
-from pjax.models.weights import Piece, Source, loading_bar, source_paths, warn_of
+from pjax.models.kernels import Axis
+from pjax.models.layers import Embedding, Linear
+from pjax.models.weights import Piece, Source, find_source, is_stacked, loading_bar, source_paths, warn_of
 
 MODEL_AXIS = "model"
 MESH_AXES: dict[str, str | None] = {
@@ -188,13 +189,12 @@ class Shares:
         cut = self.cuts[path]
         target = aligned_empty(leaf.sharding.shard_shape(leaf.shape), numpy_dtype(leaf.dtype))
         names = source_paths(path, stacked_layers)
-        is_stacked = bool(stacked_layers) and path[0] == "blocks"
         for index, name in enumerate(names):
-            rows = target[index] if is_stacked else target
+            rows = target[index] if is_stacked(path, stacked_layers) else target
             if cut is None:
-                sources[name].fill(rows, read, bad)
+                find_source(sources, name).fill(rows, read, bad)
             else:
-                sources[name].fill_share(rows, read, bad, cut.dimension, cut.pieces(share, self.size))
+                find_source(sources, name).fill_share(rows, read, bad, cut.dimension, cut.pieces(share, self.size))
         return target
 
 
@@ -215,7 +215,7 @@ def divide(make: Callable[[Any], nnx.Module], config: Any, mesh: Mesh) -> Shares
     model = nnx.eval_shape(lambda: make(own_config))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Embedding):
-            axis = module.kernel.get_metadata()["axes"][1] if isinstance(module, Linear) else module.table.get_metadata()["axes"][0]
+            axis = module.kernel.axes[1] if isinstance(module, Linear) else module.table.axes[0]
             module.sum_over = MODEL_AXIS if _is_divided(axis) else None
     graph, state = nnx.split(model)
     cuts, placed = dict[tuple[Any, ...], Cut | None](), []

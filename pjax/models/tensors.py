@@ -17,7 +17,7 @@ import numpy as np
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.checkpoints import open_checkpoint
 from pjax.models.checkpoints.base import Checkpoint
-from pjax.models.checkpoints.stored import DTYPES
+from pjax.models.checkpoints.stored import DTYPES, READABLE
 from pjax.models.weights import Source, check_names, expand
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class ModelTensors:
         What the tensors have is logged, with what becomes of them.
         """
         found, sizes = self.checkpoint.dtypes(), Counter[str]()
-        for name, shape in self.shapes.items():
+        for name, shape in _plain(self.sources).items() or self.shapes.items():
             sizes[found[self.stored_names[name]]] += int(np.prod(shape, dtype=np.int64))
         chosen, why = wanted, "as asked"
         if wanted == "auto":
@@ -133,10 +133,17 @@ def _open(checkpoint: Checkpoint, find_family: Callable[[Mapping[str, Any]], Any
         renamed |= {name: renamed[name][::-1] for name in _transposed(sources) if name in renamed}
     check_names(sources, renamed, family.known_leftovers(config), str(checkpoint.path))
     dtypes = checkpoint.dtypes()
-    others = [f"{name} ({dtypes[stored]})" for name, stored in stored_names.items() if dtypes[stored] not in DTYPES]
+    plain = _plain(sources)
+    allowed = {name: DTYPES if name in plain else READABLE for name in stored_names}  # a recipe may have whole numbers
+    others = [f"{name} ({dtypes[stored]})" for name, stored in stored_names.items() if dtypes[stored] not in allowed[name]]
     if others:
         raise UnsupportedError(f"{checkpoint.path}: the types of tensors {', '.join(others)} are not among {', '.join(DTYPES)}")
     return ModelTensors(checkpoint=checkpoint, hf=hf, family=family, config=config, sources=sources, stored_names=stored_names)
+
+
+def _plain(sources: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of tensors that are weights by themselves, and no part of a recipe."""
+    return {name: shape for source in sources.values() if source.recipe is None for name, shape in source.parts}
 
 
 def gguf_name(family: Any, name: str) -> str:

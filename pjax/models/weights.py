@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,29 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pjax.errors import CheckpointError
+from pjax.errors import CheckpointError, UnsupportedError
 from pjax.models.arena import Arena
 from pjax.models.copying import copy_and_check, numpy_dtype
 
 Shape = tuple[int, ...]
 MAX_NAMED = 20  # tensors in one warning
+UNSTACKED = "of_layer"  # the list of `pjax.models.kernels.LayerKernels`
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How several tensors make one parameter: a weight and its scales, say, or numbers that are packed in another way.
+
+    Attributes:
+      shape: of the parameter.
+      make: the parameter, an array of `shape`, of the tensors in the order of a source's parts, as the checkpoint has them.
+      split: the inverse, which `to_hf_state` needs: the tensors of the parameter; None where there is none.
+    """
+
+    shape: Shape
+    make: Callable[..., np.ndarray]
+    split: Callable[[Any], Sequence[Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +46,7 @@ class Weight:
     is_linear: bool = False
     bias: bool = False
     transposed: bool = False  # the checkpoint's kernel is [in, out]
+    recipe: Recipe | None = None
 
     @classmethod
     def plain(cls, name: str, shape: Shape) -> Weight:
@@ -46,6 +63,11 @@ class Weight:
         """A `Linear` whose checkpoint has its kernel as [in, out], GPT-2's "Conv1D", with a bias."""
         return cls(parts=((name, (num_in, num_out)),), is_linear=True, bias=True, transposed=True)
 
+    @classmethod
+    def made(cls, recipe: Recipe, *tensors: tuple[str, Shape]) -> Weight:
+        """One parameter that a recipe makes of several tensors `(name, shape)`, of any types."""
+        return cls(parts=tensors, recipe=recipe)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -58,23 +80,46 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors that, joined on the first axis, make one parameter; or one tensor, transposed."""
+    """Tensors that, joined on the first axis, make one parameter; or one tensor, transposed; or what a recipe makes of them."""
 
     parts: tuple[tuple[str, Shape], ...]
     transposed: bool = False
+    recipe: Recipe | None = None
 
     @property
     def shape(self) -> Shape:
         """Of the parameter."""
+        if self.recipe is not None:
+            return self.recipe.shape
         first = self.parts[0][1]
         return first[::-1] if self.transposed else (sum(shape[0] for _, shape in self.parts), *first[1:])
 
     def split(self, parameter: Any) -> dict[str, Any]:
-        """The parts of a parameter by their names, as the checkpoint has them: the inverse of `fill`, for numpy or jax arrays."""
+        """The parts of a parameter by their names, as the checkpoint has them: the inverse of `fill`, for numpy or jax arrays.
+
+        Raises UnsupportedError when a recipe made it that has no inverse.
+        """
+        if self.recipe is not None:
+            names = [name for name, _ in self.parts]
+            if self.recipe.split is None:
+                raise UnsupportedError(f"tensors {', '.join(names)} can't be made of their parameter: the recipe has no inverse")
+            return dict(zip(names, self.recipe.split(parameter), strict=True))
         if self.transposed:
             return {self.parts[0][0]: parameter.T}
         ends = np.cumsum([shape[0] for _, shape in self.parts])
         return {name: parameter[end - shape[0] : end] for (name, shape), end in zip(self.parts, ends, strict=True)}
+
+    def _arrays(self, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays that stand below each other in the parameter, each with the name of what it was made of."""
+        if self.recipe is None:
+            for name, _ in self.parts:
+                yield name, read(name).T if self.transposed else read(name)
+            return
+        names = [name for name, _ in self.parts]
+        made = self.recipe.make(*map(read, names))
+        if tuple(made.shape) != self.recipe.shape:
+            raise CheckpointError(f"{' and '.join(names)} make {list(made.shape)}, but the parameter is {list(self.recipe.shape)}")
+        yield " and ".join(names), made
 
     def fill(self, target: np.ndarray, read: Callable[[str], np.ndarray], bad: list[str]) -> None:
         """Reads each part into its rows of `target`; names those with NaN or infinite values, as they are after the cast, in `bad`.
@@ -82,8 +127,7 @@ class Source:
         What `read` gives is taken by slices of rows, in several threads.
         """
         start = 0
-        for name, _ in self.parts:
-            array = read(name).T if self.transposed else read(name)
+        for name, array in self._arrays(read):
             rows = target[start : start + len(array)]
             if (count := copy_and_check(rows, array)) > 0:
                 bad.append(f"{name} ({count} of {array.size})")
@@ -96,8 +140,8 @@ class Source:
         if sum(piece.count for piece in pieces) < target.shape[dimension]:
             target[...] = 0
         first = 0  # of the part, in the parameter
-        for name, _ in self.parts:
-            array, count, size = read(name).T if self.transposed else read(name), 0, 0
+        for name, array in self._arrays(read):
+            count, size = 0, 0
             for piece in pieces:
                 low, high = piece.start, piece.start + piece.count
                 if dimension == 0:  # what of the piece this part has
@@ -121,7 +165,7 @@ def expand(table: Mapping[str, Weight], num_layers: int) -> dict[str, Source]:
             where = path.format(layer)
             parts = tuple((name.format(layer), shape) for name, shape in weight.parts)
             if not weight.is_linear:
-                sources[where] = Source(parts)
+                sources[where] = Source(parts, recipe=weight.recipe)
                 continue
             sources[f"{where}.kernel"] = Source(tuple((f"{n}.weight", s) for n, s in parts), transposed=weight.transposed)
             if weight.bias:
@@ -175,7 +219,7 @@ def load_into(
             target = arena.empty(leaf.shape, numpy_dtype(leaf.dtype))
             names = source_paths(path, stacked_layers)
             for index, name in enumerate(names):
-                sources[name].fill(target[index] if len(names) > 1 or (stacked_layers and "blocks" in path) else target, read, bad)
+                find_source(sources, name).fill(target[index] if is_stacked(path, stacked_layers) else target, read, bad)
             loaded.append((path, leaf.replace(jax.device_put(target, places[path], may_alias=True))))
             bar.update(target.nbytes)
     warn_of(bad)
@@ -185,12 +229,11 @@ def load_into(
 def to_sources(state: nnx.State[Any, Any], sources: Mapping[str, Source], num_layers: int) -> dict[str, Any]:
     """Every checkpoint tensor, cut out of the parameters of a state: the inverse of `load_into`."""
     flat = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
-    stacked = not any(path[:2] == ("blocks", "layers") and path[2].isdigit() for path in flat)
+    stacked_layers = 0 if any(path[:2] == ("blocks", "layers") and path[2].isdigit() for path in flat) else num_layers
     tensors: dict[str, Any] = {}
     for path, value in flat.items():
-        names = source_paths(path, num_layers if stacked else 0)
-        for index, name in enumerate(names):
-            tensors |= sources[name].split(value[index] if stacked and path[0] == "blocks" else value)
+        for index, name in enumerate(source_paths(path, stacked_layers)):
+            tensors |= find_source(sources, name).split(value[index] if is_stacked(path, stacked_layers) else value)
     return tensors
 
 
@@ -220,10 +263,34 @@ def warn_of(bad: Sequence[str]) -> None:
 
 
 def source_paths(path: Sequence[Any], stacked_layers: int) -> list[str]:
-    """The table's paths of a parameter: `blocks.layers.3.norm` is `blocks.3.norm`; stacked, it is one a layer."""
+    """The table's paths of a parameter: `blocks.layers.3.norm` is `blocks.3.norm`; stacked, it is one a layer.
+
+    A kernel that scanned layers hold unstacked is that of its layer: `blocks.layers.out.kernel.of_layer.3` is `blocks.3.out.kernel`.
+    """
     words = [str(word) for word in path]
     if words[0] != "blocks":
         return [".".join(words)]
+    if UNSTACKED in words:
+        at = words.index(UNSTACKED)
+        return [".".join(["blocks", words[at + 1], *words[2:at], *words[at + 2 :]])]
     if stacked_layers:
         return [".".join(["blocks", str(layer), *words[2:]]) for layer in range(stacked_layers)]
     return [".".join(["blocks", *words[2:]])]
+
+
+def is_stacked(path: Sequence[Any], stacked_layers: int) -> bool:
+    """Whether a parameter holds those of all layers, on axis 0."""
+    return bool(stacked_layers) and path[0] == "blocks" and UNSTACKED not in path
+
+
+def find_source(sources: Mapping[str, Source], path: str) -> Source:
+    """The tensors of a parameter by the table's path.
+
+    A part of a product that is several kernels side by side has those of the product's parts: `qkv.kernel.parts.1` the second one.
+    """
+    if path in sources:
+        return sources[path]
+    whole, _, number = path.rpartition(".parts.")
+    if whole not in sources or sources[whole].recipe or not number.isdigit() or int(number) >= len(sources[whole].parts):
+        raise CheckpointError(f"the family's weight table has no tensors for parameter {path}")
+    return Source((sources[whole].parts[int(number)],))

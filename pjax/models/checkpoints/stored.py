@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -14,13 +13,18 @@ import numpy as np
 
 from pjax.errors import CheckpointError, UnsupportedError
 
-DTYPES: Mapping[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Types of weights. Tensors of other types may be in a file, but can't be read."""
+"""Types of weights."""
+
+READABLE: dict[str, np.dtype[Any]] = DTYPES | {
+    name: np.dtype(name).newbyteorder("<") for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+}
+"""Types of tensors that a weight is made of. Tensors of other types may be in a file, but can't be read."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class StoredTensor:
     offset: int  # of its first byte in the file
 
     def view(self, name: str, data: mmap) -> np.ndarray:
-        """The tensor as a view of the mapped file `data`. UnsupportedError when its type is none of `DTYPES`."""
-        if self.dtype not in DTYPES:
-            raise UnsupportedError(f"{self.file}: tensor {name} is {self.dtype}; supported: {', '.join(DTYPES)}")
-        dtype = DTYPES[self.dtype]
+        """The tensor as a view of the mapped file `data`. UnsupportedError when its type is none of `READABLE`."""
+        if self.dtype not in READABLE:
+            raise UnsupportedError(f"{self.file}: tensor {name} is {self.dtype}; supported: {', '.join(READABLE)}")
+        dtype = READABLE[self.dtype]
         if 0 in self.shape:
             return np.empty(self.shape, dtype)
         strides = tuple(step * dtype.itemsize for step in self.strides)

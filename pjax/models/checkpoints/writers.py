@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pjax.errors import UnsupportedError
 from pjax.models.checkpoints.orbax_folder import Parameter, write_group, write_manifest
 from pjax.models.checkpoints.stored import DTYPES
 from pjax.models.copying import copy_and_check
@@ -43,7 +44,10 @@ class Tensors(Protocol):
 
 
 def make_writer(format: str, tensors: Tensors, dtype: str, max_shard_size: int) -> SafetensorsWriter | OrbaxWriter:
-    """The writer of one of `FORMATS`."""
+    """The writer of one of `FORMATS`. UnsupportedError when a parameter is made of several tensors by a recipe."""
+    made = [key for key, source in tensors.sources.items() if source.recipe is not None]
+    if made:
+        raise UnsupportedError(f"conversion does not write parameters that are made of several tensors by a recipe: {', '.join(made[:5])}")
     return (SafetensorsWriter if format == "safetensors" else OrbaxWriter)(tensors, dtype, max_shard_size)
 
 

@@ -32,9 +32,10 @@ def paged_attention(
     batch: RaggedBatch,
     *,
     num_kv_heads: int,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    logit_softcap: float | None = None,
+    scale: float | jax.Array | None = None,
+    sliding_window: int | jax.Array | None = None,
+    logit_softcap: float | jax.Array | None = None,
+    sinks: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Attention of each packed token over its own sequence's pages.
@@ -47,8 +48,13 @@ def paged_attention(
       scale: multiplies the logits; H ** -0.5 by default.
       sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; None: all before it.
       logit_softcap: logits become `c · tanh(logits / c)`.
+      sinks: float [N]: for each query head a logit that takes its part of the softmax and has no value.
       backend: "native" (CPU, pages of float32 or bfloat16), "tpu", "triton" (GPU), "mosaic_gpu" (Hopper), "xla" or "reference"; by default
         what the environment's PJAX_ATTENTION_BACKEND says, else the fastest that takes these arguments on this platform.
+
+    `scale`, `sliding_window` and `logit_softcap` may be arrays of one number, float32, int32 and float32, which are chosen by a traced
+    layer, say; then a window of 2**30 sees all, and an infinite cap is none. "xla" and "reference" take arrays and sinks; other backends
+    refuse them by name.
 
     With PJAX_DEBUG=1 in the environment the batch's values are checked too (see `check_values`).
 
@@ -59,16 +65,18 @@ def paged_attention(
       ValueError: shapes or dtypes do not fit; the message names the argument, its value and the bound.
       NotImplementedError: the backend that was named does not take these arguments; the message says why.
     """
-    _check(q, pages, batch, num_kv_heads, sliding_window, logit_softcap)
+    _check(q, pages, batch, num_kv_heads)
+    _check_options(q, scale=scale, sliding_window=sliding_window, logit_softcap=logit_softcap, sinks=sinks)
     if is_debug():
         check_values(batch, num_tokens=q.shape[0], num_pages=pages.shape[0], page_size=pages.shape[1])
-    if sliding_window is not None and sliding_window >= batch.block_tables.shape[1] * pages.shape[1]:
+    if isinstance(sliding_window, int) and sliding_window >= batch.block_tables.shape[1] * pages.shape[1]:
         sliding_window = None  # nothing is that far
     options = AttentionOptions(
         num_kv_heads=num_kv_heads,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
+        sinks=sinks,
     )
     name = backend or os.environ.get(BACKEND_VARIABLE)
     chosen = _named(name, q, pages, options) if name else _fastest(q, pages, options)
@@ -109,7 +117,7 @@ def _say_once(platform: str, reasons: str) -> None:
     log.log(level, "paged attention on %s goes through XLA, not through a kernel: %s", platform, reasons)
 
 
-def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int, window: int | None, softcap: float | None) -> None:
+def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int) -> None:
     if q.ndim != 3:
         raise ValueError(f"q has shape {q.shape}, but must be [T, N, H]")
     if pages.ndim != 3:
@@ -120,9 +128,8 @@ def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int
         if 0 in array.shape:
             raise ValueError(f"{name} has shape {array.shape}, but must have at least one of everything")
     num_heads, head_size = q.shape[1:]
-    for name, number in (("num_kv_heads", num_kv_heads), ("sliding_window", 1 if window is None else window)):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"{name} is {number!r}, but must be an integer")
+    if not isinstance(num_kv_heads, int) or isinstance(num_kv_heads, bool):
+        raise ValueError(f"num_kv_heads is {num_kv_heads!r}, but must be an integer")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads is {num_kv_heads}, but must divide the {num_heads} query heads of q")
     if pages.shape[2] != 2 * num_kv_heads * head_size:
@@ -138,7 +145,23 @@ def _check(q: jax.Array, pages: jax.Array, batch: RaggedBatch, num_kv_heads: int
         array = getattr(batch, field)
         if tuple(array.shape) != shape or array.dtype != jnp.int32:
             raise ValueError(f"batch.{field} is {array.dtype}{list(array.shape)}, but must be int32{list(shape)}")
-    if window is not None and window < 1:
-        raise ValueError(f"sliding_window is {window}, but must be >= 1")
-    if softcap is not None and not softcap > 0:
+
+
+def _check_options(q: jax.Array, **options: Any) -> None:
+    for name, dtype in (("scale", jnp.float32), ("sliding_window", jnp.int32), ("logit_softcap", jnp.float32)):
+        array = options[name]
+        if isinstance(array, jax.Array) and (array.shape != () or array.dtype != dtype):
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, but must be a number or {dtype.__name__}[]")
+    window, softcap, sinks = (options[name] for name in ("sliding_window", "logit_softcap", "sinks"))
+    if not isinstance(window, jax.Array | None):
+        if not isinstance(window, int) or isinstance(window, bool):
+            raise ValueError(f"sliding_window is {window!r}, but must be an integer")
+        if window < 1:
+            raise ValueError(f"sliding_window is {window}, but must be >= 1")
+    if not isinstance(softcap, jax.Array | None) and not softcap > 0:
         raise ValueError(f"logit_softcap is {softcap}, but must be > 0")
+    if sinks is not None and (
+        not isinstance(sinks, jax.Array) or sinks.shape != q.shape[1:2] or not jnp.issubdtype(sinks.dtype, jnp.floating)
+    ):
+        shown = f"{sinks.dtype}{list(sinks.shape)}" if isinstance(sinks, jax.Array) else repr(sinks)
+        raise ValueError(f"sinks is {shown}, but must be floating [{q.shape[1]}], one for each query head")

@@ -40,9 +40,9 @@ class RaggedBatch:
         tokens = jnp.arange(num_tokens, dtype=jnp.int32)
         return jnp.searchsorted(self.row_starts[1:], tokens, side="right").astype(jnp.int32)
 
-    def token_positions(self, num_tokens: int) -> jax.Array:
-        """int32 [T]: position of each packed token in its own sequence; 0 for padding."""
-        rows = self.token_rows(num_tokens)
+    def token_positions(self, num_tokens: int, rows: jax.Array | None = None) -> jax.Array:
+        """int32 [T]: position of each packed token in its own sequence; 0 for padding. `rows`: its `token_rows`, where known."""
+        rows = self.token_rows(num_tokens) if rows is None else rows
         safe = jnp.minimum(rows, self.num_rows - 1)
         from_end = self.row_starts[safe + 1] - jnp.arange(num_tokens, dtype=jnp.int32)
         return jnp.where(rows < self.num_rows, self.kv_lens[safe] - from_end, 0)

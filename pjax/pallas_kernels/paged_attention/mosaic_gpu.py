@@ -144,6 +144,8 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions, *, comput
 
     `compute_capability`: of the device that will run it, as "9.0"; by default that of JAX's first device.
     """
+    if reason := options.why_not_numbers():
+        return reason
     head_size, page_size, ratio = q.shape[2], pages.shape[1], q.shape[1] // options.num_kv_heads
     if q.dtype != pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return (

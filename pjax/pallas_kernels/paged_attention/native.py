@@ -15,6 +15,8 @@ HEAD_SIZES = (64, 80, 96, 112, 128, 256)
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
     """The reason why the kernel can't be used for these arguments, or None."""
+    if reason := options.why_not_numbers():
+        return reason
     if pages.dtype not in (jnp.float32, jnp.bfloat16) or q.shape[-1] not in HEAD_SIZES:
         shown = ", ".join(map(str, HEAD_SIZES))
         return f"takes pages of float32 or bfloat16 and head sizes {shown}, but q has heads of {q.shape[-1]} and pages are {pages.dtype}"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions, soft_capped
 from pjax.pallas_kernels.pages import read_kv
 
 
@@ -36,13 +36,15 @@ def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: Attentio
 
     queries = q.reshape(num_tokens, num_kv_heads, group, head_size).astype(jnp.float32)
     logits = jnp.einsum("tkgh,tckh->tkgc", queries, kv[:, :, 0], precision="highest") * options.scale
-    if options.logit_softcap is not None:
-        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
+    logits = soft_capped(logits, options.logit_softcap)
     seen = kv_positions <= positions[:, None]
     if window is not None:
         seen &= kv_positions > positions[:, None] - window
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1)
+    if options.sinks is not None:
+        sinks = jnp.broadcast_to(options.sinks.astype(jnp.float32).reshape(num_kv_heads, group, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sinks], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : kv.shape[1]]
     out = jnp.einsum("tkgc,tckh->tkgh", weights, kv[:, :, 1], precision="highest")
     out = jnp.where(real[:, None, None, None], out, 0.0)
     return out.reshape(num_tokens, num_heads, head_size).astype(q.dtype)

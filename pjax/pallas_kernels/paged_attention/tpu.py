@@ -99,6 +99,8 @@ def _up(lanes: int) -> int:
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
     """The reason why the kernels can't be used for these arguments, or None."""
+    if reason := options.why_not_numbers():
+        return reason
     if q.dtype != pages.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 or bfloat16, the same for both, but q is {q.dtype} and pages are {pages.dtype}"
     _, page_size, width = pages.shape

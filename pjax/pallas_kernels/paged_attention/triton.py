@@ -66,6 +66,8 @@ def default_sizes(q: jax.Array, pages: jax.Array, options: AttentionOptions, pha
 
 def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | None:
     """The reason why the kernel can't be used for these arguments, or None."""
+    if reason := options.why_not_numbers():
+        return reason
     if q.dtype != pages.dtype:
         return f"takes one dtype for both, but q is {q.dtype} and pages are {pages.dtype}"
     if q.shape[-1] > MAX_HEAD_SIZE:

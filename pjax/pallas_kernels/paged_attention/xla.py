@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
-from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.options import AttentionOptions, soft_capped
 from pjax.pallas_kernels.pages import read_kv
 
 DECODE_GROUP = 8  # rows that one iteration serves
@@ -44,7 +44,7 @@ def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: Attentio
 
 
 def _flash(
-    queries: jax.Array,  # [..., K, M, H]
+    queries: jax.Array,  # [..., K, M, H]; M is a whole number of times the query heads of one KV head
     read_block: Callable[[jax.Array], jax.Array],  # block index -> [..., B, 2, K, H]
     first_block: jax.Array,
     num_blocks: jax.Array,
@@ -64,8 +64,7 @@ def _flash(
         # A slot that nobody wrote may hold NaN, and 0 · NaN is NaN.
         kv = jnp.where(live(positions)[..., None, None, None], kv, jnp.zeros((), kv.dtype)).astype(queries.dtype)
         logits = jnp.einsum("...kmh,...bkh->...kmb", queries, kv[..., 0, :, :], preferred_element_type=jnp.float32)
-        if options.logit_softcap is not None:
-            logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
+        logits = soft_capped(logits, options.logit_softcap)
         logits = jnp.where(visible(positions)[..., None, :, :], logits, MASKED)
         new_top = jnp.maximum(top, logits.max(axis=-1))
         weights = jnp.exp(logits - new_top[..., None])
@@ -74,10 +73,14 @@ def _flash(
         values = jnp.einsum("...kmb,...bkh->...kmh", weights.astype(kv.dtype), kv[..., 1, :, :], preferred_element_type=jnp.float32)
         return index + 1, new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + values
 
+    top, total = jnp.full(lead, MASKED, jnp.float32), jnp.zeros(lead, jnp.float32)
+    if options.sinks is not None:  # as if a first block had held one key of each head, without a value
+        by_group = options.sinks.astype(jnp.float32).reshape(options.num_kv_heads, -1)
+        top, total = jnp.broadcast_to(jnp.tile(by_group, (1, lead[-1] // by_group.shape[1])), lead), jnp.ones(lead, jnp.float32)
     start = (
         first_block,
-        jnp.full(lead, MASKED, jnp.float32),
-        jnp.zeros(lead, jnp.float32),
+        top,
+        total,
         jnp.zeros(queries.shape, jnp.float32),
     )
     _, _, total, acc = lax.while_loop(lambda carry: carry[0] < num_blocks, body, start)

@@ -96,15 +96,17 @@ def test_safetensors_single(tmp_path: Path) -> None:
 def test_safetensors_written_by_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     tensors = {"bf16": torch.randn(5, 6).bfloat16(), "f16": torch.randn(3).half(), "f32": torch.randn(2, 2), "int": torch.arange(3)}
+    tensors["bool"] = torch.ones(3, dtype=torch.bool)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with open_checkpoint(tmp_path) as checkpoint:
         for name in ("bf16", "f16", "f32"):
             np.testing.assert_array_equal(checkpoint.read(name).astype(np.float32), tensors[name].float().numpy())
         assert checkpoint.read("bf16").dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(checkpoint.read("int"), [0, 1, 2])
         with pytest.raises(
-            UnsupportedError, match=r"model.safetensors: tensor int is int64; supported: float64, float32, float16, bfloat16"
+            UnsupportedError, match=r"model.safetensors: tensor bool is bool; supported: float64, float32, float16, bfloat16, int8"
         ):
-            checkpoint.read("int")
+            checkpoint.read("bool")
 
 
 def test_safetensors_sharded(tmp_path: Path) -> None:

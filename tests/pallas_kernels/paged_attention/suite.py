@@ -133,7 +133,13 @@ def make_step(feature: Feature, *, seed: int = 0) -> Step:
 
 
 def attend_in_float64(
-    q: np.ndarray, kv: np.ndarray, *, scale: float | None = None, sliding_window: int | None = None, logit_softcap: float | None = None
+    q: np.ndarray,
+    kv: np.ndarray,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logit_softcap: float | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """The last tokens q [C, N, H] of a sequence with keys and values [S, 2, K, H], one token and one head at a time."""
     queries, keys, values = (x.astype(np.float64) for x in (q, kv[:, 0], kv[:, 1]))
@@ -144,8 +150,10 @@ def attend_in_float64(
             logits = keys[first : position + 1, head // ratio] @ queries[index, head] * (scale or q.shape[2] ** -0.5)
             if logit_softcap is not None:
                 logits = logit_softcap * np.tanh(logits / logit_softcap)
-            weights = np.exp(logits - logits.max())
-            out[index, head] = weights / weights.sum() @ values[first : position + 1, head // ratio]
+            top = logits.max() if sinks is None else max(logits.max(), sinks[head])
+            weights = np.exp(logits - top)
+            total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[head]) - top))
+            out[index, head] = weights / total @ values[first : position + 1, head // ratio]
     return out
 
 

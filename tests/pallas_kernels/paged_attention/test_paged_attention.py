@@ -104,6 +104,60 @@ def test_nan_shows(case: str, where: str, backend: str) -> None:
     assert np.isfinite(np.delete(out, row, axis=0)).all()
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"sinks": "normal"},
+    {"sinks": "large", "sliding_window": 20, "logit_softcap": 2.0},
+    {"sliding_window": 33, "logit_softcap": 2.0, "scale": 0.3, "sinks": "normal"},
+]
+
+
+@pytest.mark.parametrize("are_arrays", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("case", ["decode", "mixed", "chunk", "padding"])
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_sinks_and_options_that_are_arrays(backend: str, case: str, options: dict[str, Any], are_arrays: bool) -> None:
+    """Sinks of a head apart; as large as logits, or so large that they take nearly all of the softmax."""
+    sinks = np.random.default_rng(5).standard_normal(6).astype(np.float32) * {"normal": 2, "large": 30}[options["sinks"]]
+    step = make_step(Feature(case, (6, 2, 16), 8, options=options | {"sinks": sinks}))
+    given = {
+        name: jnp.asarray(value, jnp.result_type(type(value))) if are_arrays else value
+        for name, value in options.items()
+        if name != "sinks"
+    }
+
+    def run(q: jax.Array, pool: jax.Array, given: dict[str, Any]) -> jax.Array:
+        numbers = given if are_arrays else {name: value for name, value in options.items() if name != "sinks"}
+        return paged_attention(q, pool, step.batch, num_kv_heads=2, backend=backend, sinks=jnp.asarray(sinks), **numbers)
+
+    out = jax.jit(run)(step.q, jnp.asarray(step.pool_after), given)
+    np.testing.assert_allclose(np.asarray(out, np.float64), step.expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_arrays_that_mean_none(backend: str) -> None:
+    step = make_step(Feature("mixed", (4, 2, 16), 8))
+    none = {"sliding_window": jnp.int32(2**30), "logit_softcap": jnp.float32(jnp.inf)}
+    out = paged_attention(step.q, jnp.asarray(step.pool_after), step.batch, num_kv_heads=2, backend=backend, **none)
+    np.testing.assert_allclose(np.asarray(out, np.float64), step.expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "tpu", "triton", "mosaic_gpu"])
+def test_backends_refuse_by_name_what_they_do_not_apply(backend: str) -> None:
+    """By default what they don't take goes through XLA."""
+    step = make_step(Feature("one", (4, 2, 64), 16))
+    sinks = {"sinks": jnp.zeros(4)}
+    for options, what in (
+        (sinks, "no sinks"),
+        ({"sliding_window": jnp.int32(3)}, "sliding_window as a number, not as an array"),
+        ({"logit_softcap": jnp.float32(3), "scale": jnp.float32(1)} | sinks, "scale and logit_softcap as a number, not as an array"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"attention backend '{backend}' takes {what}; 'xla' takes any"):
+            paged_attention(step.q, step.pool, step.batch, num_kv_heads=2, backend=backend, **options)
+        pool = jnp.asarray(step.pool_after)
+        out, wanted = (paged_attention(step.q, pool, step.batch, num_kv_heads=2, backend=name, **options) for name in (None, "xla"))
+        np.testing.assert_array_equal(out, wanted)
+
+
 @pytest.fixture(scope="module")
 def one() -> Step:
     return make_step(Feature("one", (4, 2, 16), 8))
@@ -119,6 +173,12 @@ def one() -> Step:
         ({"sliding_window": 4.5}, "sliding_window is 4.5, but must be an integer"),
         ({"num_kv_heads": 2.0}, "num_kv_heads is 2.0, but must be an integer"),
         ({"logit_softcap": -1.0}, "logit_softcap is -1.0, but must be > 0"),
+        ({"sliding_window": np.array([3])}, r"sliding_window is array\(\[3\]\), but must be an integer"),
+        ({"sliding_window": jnp.ones(2, jnp.int32)}, r"sliding_window is int32\[2\], but must be a number or int32\[\]"),
+        ({"logit_softcap": jnp.int32(2)}, r"logit_softcap is int32\[\], but must be a number or float32\[\]"),
+        ({"scale": jnp.ones(4)}, r"scale is float32\[4\], but must be a number or float32\[\]"),
+        ({"sinks": jnp.ones(2)}, r"sinks is float32\[2\], but must be floating \[4\], one for each query head"),
+        ({"sinks": 1.0}, r"sinks is 1\.0, but must be floating \[4\]"),
     ],
 )
 def test_bad_options_are_named(one: Step, changes: dict[str, Any], message: str) -> None:
