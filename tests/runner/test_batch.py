@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.runner.batch import Bucket, find_bucket, make_buckets, pack
-from pjax.sampling.parameters import SamplingTable
+from pjax.sampling.parameters import COLDEST, SamplingTable
 from pjax.scheduler import Request, StepPlan
 from tests.budget import examples
 
@@ -40,6 +40,7 @@ class Row:
     def sampling(self) -> tuple[Any, ...]:
         p = self.params
         top_p, temperature, min_p = (float(np.float32(value)) for value in (p.top_p, p.temperature, p.min_p))
+        temperature = max(temperature, COLDEST) if temperature else 0.0
         seed = divmod(self.seed, 2**32)
         return temperature, max(p.top_k, 0), top_p, min_p, seed, -1 if p.logprobs is None else p.logprobs, 1.0
 
