@@ -135,7 +135,7 @@ def main() -> None:
 
     started = time.perf_counter()
     llm = LLM(args.model, dtype="float32", max_model_len=1024, max_num_seqs=args.requests, warmup="all", progress=True)
-    print(f"pjax loaded and compiled {llm.engine.runner.num_compilations} steps in {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"pjax loaded and compiled {llm.engine.runner.num_compilations} programs in {time.perf_counter() - started:.1f} s", flush=True)
     model = load_transformers(args.model)
     vocab = llm.engine.model_config.vocab_size
     rows = []

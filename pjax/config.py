@@ -58,7 +58,7 @@ class EngineConfig:
     lazy: bool = False
     """The same as `warmup` "none"."""
     compilation_cache_dir: str | None = "auto"
-    """Where compiled steps are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
+    """Where compiled programs are kept between processes; auto is JAX's own setting or else ~/.cache/pjax, None is none."""
     tensor_parallel_size: int = 1
     """How many devices the model and its pages are divided over."""
     data_parallel_size: int = 1

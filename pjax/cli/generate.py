@@ -173,7 +173,7 @@ def print_stats(outputs: list[RequestOutput], compilations: int) -> None:
         f"prompts          {len(outputs)} ({num_in} tokens in, {num_cached} of them cached, {num_out} out)",
         f"first token      {first - began:.2f} s after the process began",
         f"generation       {last - first:.2f} s after the first token, {later / max(last - first, 1e-9):.1f} tokens/s",
-        f"compiled steps   {compilations}",
+        f"compiled         {compilations} programs",
         f"preemptions      {sum(output.metrics.num_preemptions for output in outputs)}",
     ]
     print("\n".join(lines), file=sys.stderr)

@@ -102,7 +102,7 @@ class Programs:
         """Compiles all of `shapes`, two at a time, with a progress bar."""
         wanted = [shape for shape in shapes if shape not in self._compiled]
         self.prefetch(*wanted)
-        with tqdm(wanted, desc="Compiling steps", unit="program", leave=False, disable=None if progress else True) as bar:
+        with tqdm(wanted, desc="Compiling", unit="program", leave=False, disable=None if progress else True) as bar:
             for shape in bar:
                 bar.set_postfix_str(shape.name)
                 self.get(shape)

@@ -144,7 +144,7 @@ class EngineCollector:
         yield self._counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
         yield self._counter("vllm:num_preemptions", "Requests that gave their pages away and began again", stats.num_preemptions)
         yield self._cache_config(stats.num_pages)
-        yield self._counter("pjax:compilations", "Steps that were compiled", stats.num_compilations)
+        yield self._counter("pjax:compilations", "Programs that were compiled", stats.num_compilations)
         yield self._counter("pjax:steps", "Steps", stats.num_steps)
         yield self._pages(stats)
 
