@@ -42,7 +42,7 @@ class EngineConfig:
     """Start a step before the tokens of the one before it are on the host, so that the device never waits for Python."""
     preemption_mode: str = "auto"
     """What becomes of a preempted request's pages: copied to host memory and back ("swap"), computed again ("recompute"), or what is
-    thought to be quicker, by measured times."""
+    thought to be quicker: by the measured times of steps, and of copies with `warmup` "all" (else 5 GB/s are assumed)."""
     swap_space: int | None = None
     """Bytes of host memory for such pages; by default what the page pool takes, at most 4 GiB and a tenth of what is free."""
     seconds_per_priority: float = 60.0

@@ -73,6 +73,8 @@ class Local:
         try:
             while self._engine.has_unfinished_requests:
                 for output in self._engine.step():
+                    if output.request_id != request_id:
+                        continue
                     answer = output.outputs[0]
                     yield answer.text[shown:]
                     shown = len(answer.text)

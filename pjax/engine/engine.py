@@ -206,13 +206,14 @@ class LLMEngine:
         given = match(self._abstract, params)
         self._wait_for_weights()
         self._drain()
-        self.runner.set_params(given)
-        if restart:
-            self.scheduler.preempt_all()
-        self.scheduler.kv.begin_epoch()
+        with uninterrupted():
+            self.runner.set_params(given)
+            if restart:
+                self.scheduler.preempt_all()
+            self.scheduler.kv.begin_epoch()
 
     def prefetch(self) -> None:
-        """Starts compiling, in the background, the steps that the waiting requests will need first."""
+        """Starts compiling the programs that the waiting requests will need first, and does not wait for them."""
         lengths = self.scheduler.waiting_lengths()
         (most, budget), total = self.config.step_sizes, sum(lengths)
         rows = min(self.scheduler.num_waiting_sequences, most)
@@ -287,8 +288,11 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request, frees all it has, and returns what there is of it; None when there is none of that id."""
-        self._ready = [output for output in self._ready if output.finished or output.request_id != request_id]
-        return self._views.output(request_id) if self.scheduler.abort(request_id) else None
+        ready = [output for output in self._ready if output.request_id == request_id]
+        self._ready = [output for output in self._ready if output.request_id != request_id]
+        if self.scheduler.abort(request_id):
+            return self._output(request_id)
+        return next((output for output in ready if output.finished), None)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -339,9 +343,11 @@ class LLMEngine:
         With `async_scheduling` the step after it is on its way before that: its rows take from the device the tokens that the
         host does not know yet. A sequence that turns out to have ended computes one row for nothing.
         """
-        if expired := self.scheduler.expire(time.monotonic()):
-            ready, self._ready = self._ready, []  # at once, whatever becomes of the next step
-            return ready + [self._output(request_id) for request_id in expired]
+        with uninterrupted():
+            if expired := self.scheduler.expire(time.monotonic()):
+                self._ready += [self._output(request_id) for request_id in expired]
+        if expired:
+            return self._take_ready()  # at once, whatever becomes of the next step
         self._note_pause()
         with self._recovery():
             # While a program is being compiled, the next step may need it: the tokens in flight would wait for that too.
@@ -353,6 +359,9 @@ class LLMEngine:
         while self._in_flight and not self.scheduler.has_work:
             self.scheduler.drop(self._in_flight.popleft().plan)
         self._last_return = time.monotonic()
+        return self._take_ready()
+
+    def _take_ready(self) -> list[RequestOutput]:
         outputs, self._ready = self._ready, []
         return outputs
 
@@ -365,11 +374,14 @@ class LLMEngine:
         try:
             yield
         except BaseException as error:
-            self._in_flight.clear()
-            if self.hosts is not None:
-                raise_of_hosts(self.hosts, error)
-            self.runner.restore_pages()
-            self.scheduler.preempt_all()
+            with uninterrupted():
+                self._in_flight.clear()
+                if self.hosts is not None:
+                    raise_of_hosts(self.hosts, error)
+                try:
+                    self.runner.restore_pages()
+                finally:
+                    self.scheduler.preempt_all()
             raise
 
     def _plan(self) -> StepPlan | None:

@@ -111,6 +111,8 @@ class Views:
         Args:
           failure: a key of FAILURES, where it ended for want of a token; `request.error` comes first.
         """
+        if request.stop_reason is not None and request.finish_reason == "error" and isinstance(request.stop_reason, str):
+            return  # said already, with another sequence of the request
         if request.error is not None:
             message = f"{type(request.error).__name__}: {request.error} (request {request.request_id!r})"
             log.error("%s", message, exc_info=request.error)

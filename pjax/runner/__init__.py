@@ -1,4 +1,4 @@
-"""The device side: packs plans into arrays, holds the compiled step, samples."""
+"""The device side: packs plans into arrays, compiles and runs the programs of a step, copies pages to the host and back."""
 
 from pjax.runner.compilation import use_compilation_cache as use_compilation_cache
 from pjax.runner.executables import can_keep as can_keep

@@ -42,8 +42,6 @@ class Programs:
 
     def __init__(self, compile_it: Callable[[Shape], Any]) -> None:
         self.compile_it = compile_it
-        self.num_compilations = 0
-        """Programs that are there, each counted once."""
         self.is_waiting = False
         """Whether `get` waits for a compilation now, here or on another host. Any thread may read it."""
         self.on_compiled: Callable[[], None] | None = None
@@ -54,6 +52,7 @@ class Programs:
         self._pending: dict[Shape, Future[Any]] = {}
         self._queue: list[Shape] = []  # for the background thread, which takes the last one
         self._background: threading.Thread | None = None
+        self._afterwards: Callable[[], None] | None = None
         self._at_exit: Callable[[], None] | None = None
         self._is_closed = False
 
@@ -78,17 +77,26 @@ class Programs:
         try:
             program = future.result()
         except BaseException:
-            with self._lock:
-                self._pending.pop(shape, None)
+            if future.done():  # else the wait was interrupted, and the compilation goes on
+                self._drop(shape, future)
             raise
         with self._lock:
             if self._pending.pop(shape, None) is not None:
                 self._compiled[shape] = program
-                self.num_compilations += 1
+
+    def _drop(self, shape: Shape, future: Future[Any]) -> None:
+        with self._lock:
+            if self._pending.get(shape) is future:
+                del self._pending[shape]
 
     def has(self, *shapes: Shape) -> bool:
         """Whether all these programs are there, so that `get` does not wait."""
-        return all(shape in self._compiled for shape in shapes)
+        return all(shape in self._compiled or _is_there(self._pending.get(shape)) for shape in shapes)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs that are there, each counted once."""
+        return len(self._compiled) + sum(map(_is_there, list(self._pending.values())))
 
     def prefetch(self, *shapes: Shape, in_turn: bool = False) -> None:
         """Starts compiling programs; `in_turn`: when those before them are done."""
@@ -119,12 +127,15 @@ class Programs:
 
     # ---- in the background
 
-    def warm_in_background(self, shapes: Iterable[Shape]) -> None:
+    def warm_in_background(self, shapes: Iterable[Shape], afterwards: Callable[[], None] | None = None) -> None:
         """Compiles `shapes` in a thread of low priority, the first ones first, one at a time; its progress is logged.
 
         What `get` needs meanwhile is compiled beside it. A program that does not compile is named in a warning.
+
+        Args:
+          afterwards: called in the thread when all are there.
         """
-        self._queue = list(shapes)[::-1]
+        self._queue, self._afterwards = list(shapes)[::-1], afterwards
         self._background = threading.Thread(target=_warm, args=(weakref.ref(self),), name="pjax-warmup", daemon=True)
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
@@ -149,12 +160,16 @@ class Programs:
             future.set_result(self._compile(shape))
             self._finish(shape, future)
         except BaseException as error:
+            self._drop(shape, future)
             if not future.done():
                 future.set_exception(error)
-            with self._lock:
-                self._pending.pop(shape, None)
             log.warning("%s was not compiled; it is tried again when it is needed: %s", shape.name, error)
         return True
+
+    def finish_background(self) -> None:
+        """Does what comes after all programs, in the background thread."""
+        if self._afterwards is not None and not self._is_closed:
+            self._afterwards()
 
     @property
     def num_queued(self) -> int:
@@ -195,6 +210,10 @@ def _close(of: weakref.ref[Programs]) -> None:
         programs.join_background()
 
 
+def _is_there(future: Future[Any] | None) -> bool:
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None
+
+
 class _Background(Future[Any]):
     """A compilation that nobody waited for when it began."""
 
@@ -210,4 +229,5 @@ def _warm(of: weakref.ref[Programs]) -> None:
             log.info("compiling in the background: %d programs are there, %d to go", programs.num_compilations, programs.num_queued)
         del programs
     if programs is not None and not programs.num_queued:
+        programs.finish_background()
         log.info("all %d programs are compiled, %.1f s after the start", programs.num_compilations, time.monotonic() - started)

@@ -39,7 +39,7 @@ from pjax.sampling.vocabulary import WHOLE, Vocabulary
 from pjax.scheduler.plan import StepPlan
 
 Floats = npt.NDArray[np.float32]
-SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of a lazy engine's steps that go without large pages for the pool
+SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of steps that go without large pages for the pool, unless all was warmed up
 WRITE_RULES, WRITE_TOKENS = WriteShape("write_rules"), WriteShape("write_tokens")
 FEW_CORES = 2  # that one compilation keeps busy: the step that is needed first has them to itself
 
@@ -57,7 +57,7 @@ class RunnerConfig:
     attention_backend: str | None = None
     num_host_slots: int = 0  # pages of preempted requests in host memory
     logits_processors: Mapping[str, LogitsProcessor] = field(default_factory=dict)
-    step_folder: Path | None = None  # where compiled steps are kept
+    step_folder: Path | None = None  # where compiled programs are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,11 @@ class ModelRunner:
         if plan.num_tokens > SHORT_STEP or num_rows > FEW_ROWS:
             self._use_large_pages()
         if self._swap is not None:
-            self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
+            self.programs.is_waiting = not self._swap.is_compiled  # this may compile
+            try:
+                self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
+            finally:
+                self.programs.is_waiting = False
         self._pages, logits, hidden = forward(self._params, self._pages, self._tokens, inputs.forward)
         sampled = prompt = None
         if sample is not None:
@@ -313,7 +317,8 @@ class ModelRunner:
         by_size = sorted(self.buckets, key=lambda bucket: (bucket.num_tokens, not bucket.decode_only))
         each: list[Shape] = [shape for bucket in by_size for shape in (bucket, SampleShape(bucket.num_rows))]
         scores: list[Shape] = [ScoreShape(bucket.num_tokens) for bucket in by_size if not bucket.decode_only]
-        self.programs.warm_in_background(dict.fromkeys([*first, *each, *scores, WRITE_RULES, WRITE_TOKENS]))
+        shapes = dict.fromkeys([*first, *each, WRITE_RULES, WRITE_TOKENS, *scores])
+        self.programs.warm_in_background(shapes, None if self._swap is None else self._swap.warmup)
 
     def _shapes(self, buckets: Iterable[Bucket]) -> list[Shape]:
         """Of all programs that steps of these buckets can take."""

@@ -54,6 +54,11 @@ class PageSwap:
         """Programs compiled so far."""
         return 2 * sum(compiled.done() for compiled in self._compiled.values())
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether all copies are compiled, so that `apply` compiles nothing."""
+        return len(self._compiled) == len(COPY_SIZES) and all(compiled.done() for compiled in list(self._compiled.values()))
+
     def _gather(self, pages: jax.Array, page_ids: jax.Array) -> jax.Array:
         """Pages [n, L, G, W] of the pool [L·P, G, W]."""
         by_layer = pages.reshape(self._page_shape[0], self._num_pages, *pages.shape[1:])

@@ -63,7 +63,6 @@ def make_sample(max_logprobs: int, vocabulary: Vocabulary = WHOLE, processors: t
     return run
 
 
-@functools.lru_cache(maxsize=MAX_PROGRAMS)
 def jit_sample(
     name: str,
     max_logprobs: int,
@@ -73,11 +72,23 @@ def jit_sample(
 ) -> Any:
     """`make_sample`, jitted under a name with the token table donated.
 
-    One function for the same arguments: JAX keeps what it traced and compiled of it, for all engines of the process.
+    One function for the same arguments: JAX keeps what it traced and compiled of it, for all engines of the process. With logits
+    processors it is always another one: what they do may depend on more than the functions themselves.
 
     Args:
       mesh: where the vocabulary is divided, over the axis that `vocabulary` names.
     """
+    if processors:
+        return _jit_sample(name, max_logprobs, vocabulary, processors, mesh)
+    return _shared_sample(name, max_logprobs, vocabulary, mesh)
+
+
+@functools.lru_cache(maxsize=MAX_PROGRAMS)
+def _shared_sample(name: str, max_logprobs: int, vocabulary: Vocabulary, mesh: Mesh | None) -> Any:
+    return _jit_sample(name, max_logprobs, vocabulary, (), mesh)
+
+
+def _jit_sample(name: str, max_logprobs: int, vocabulary: Vocabulary, processors: tuple[LogitsProcessor, ...], mesh: Mesh | None) -> Any:
     run = make_sample(max_logprobs, vocabulary, processors)
     if mesh is not None:
         whole = PartitionSpec()

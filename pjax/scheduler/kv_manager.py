@@ -156,10 +156,11 @@ class KVManager:
             request.epoch, request.page_keys = PRIVATE, []
 
     def distrust(self, request: Request) -> None:
-        """Nobody finds the pages that a request has to itself any more: they may hold NaN. Those that others share stay theirs."""
-        for page_id in self.pages_of(request):
-            if self.pool.num_owners(page_id) == 1:
-                self.pool.unname(page_id)
+        """Nobody finds the pages that a request has, or had, to itself any more: they may hold NaN. Those that others share stay theirs."""
+        for pool in (self.pool, self.swap.pool):
+            for page_id in [] if pool is None else map(pool.find, request.page_keys):
+                if page_id is not None and pool is not None and pool.num_owners(page_id) <= 1:
+                    pool.unname(page_id)
         request.epoch, request.page_keys = PRIVATE, []
 
     def release(self, request: Request) -> None:

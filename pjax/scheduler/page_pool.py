@@ -108,10 +108,13 @@ class PagePool:
             self._by_key[key] = page_id
 
     def unname(self, page_id: int) -> None:
-        """Takes an owned page's key away, if it has one."""
-        self._require_owners(page_id, 1)
-        if self._keys[page_id] is not None:
-            self._drop_key(page_id)
+        """Takes a page's key away, if it has one; a free page is then no longer kept."""
+        if self._keys[page_id] is None:
+            return
+        self._drop_key(page_id)
+        if page_id in self._kept:
+            del self._kept[page_id]
+            self._free.append(page_id)
 
     def find(self, key: Hashable) -> int | None:
         """The page that holds what `key` names, owned or free."""

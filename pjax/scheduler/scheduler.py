@@ -322,8 +322,10 @@ class Scheduler:
 
     def fail(self, request: Request, error: Exception) -> None:
         """Ends a request, all its unfinished sequences, with reason "error": something went wrong with it on the host."""
+        for sequence in (request, *self.sequences.unfinished.get(request.request_id, ())):
+            sequence.error = error
         self.sequences.finish_all(request.request_id, "error")
-        request.error, request.finish_reason = error, "error"
+        request.finish_reason = "error"
 
     def drop(self, plan: StepPlan) -> None:
         """Instead of `commit`, for a step all of whose sequences have ended: nobody waits for its tokens."""

@@ -129,22 +129,23 @@ def test_ctrl_c_loses_nothing(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+HOST_PARTS = {
+    ("scheduler", "_take"): ("scored", "two", "beams"),
+    ("scheduler", "_stop"): ("scored", "two"),
+    ("scheduler.sequences", "append"): ("scored", "two", "beams"),
+    ("scheduler.sequences", "advance"): ("beams",),
+    ("_views", "observe"): ("scored", "two"),
+    ("_views", "observe_prompt"): ("scored",),
+    ("_views", "_entries"): ("scored",),
+    ("_views", "_found"): ("beams",),
+    ("_views", "output"): ("scored", "two"),
+}
+"""What is done on the host for one request, and for which of them."""
+
+
 @pytest.mark.parametrize(
-    ("part", "method"),
-    [
-        ("scheduler", "_take"),
-        ("scheduler", "_stop"),
-        ("scheduler.sequences", "append"),
-        ("scheduler.sequences", "advance"),
-        ("_views", "observe"),
-        ("_views", "observe_prompt"),
-        ("_views", "_entries"),
-        ("_views", "_found"),
-        ("_views", "output"),
-    ],
-    ids=str,
+    ("part", "method", "victim"), [(*key, victim) for key, victims in HOST_PARTS.items() for victim in victims], ids=str
 )
-@pytest.mark.parametrize("victim", ["scored", "two", "beams"])
 def test_what_fails_for_one_request_on_the_host_ends_that_request_alone(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, victim: str
 ) -> None:
@@ -168,15 +169,58 @@ def test_what_fails_for_one_request_on_the_host_ends_that_request_alone(
     llm.engine.add_request("beams", BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True), "beams")
     found = run(llm.engine)
     monkeypatch.undo()
-    if not failed:
-        pytest.skip(f"{victim} takes no part in {method}")
+    assert failed
     llm.engine.add_request("beams", BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True), "beams")
     all_of_them = expected | run(llm.engine)
     ended = {name for name in all_of_them if found[name] != all_of_them[name]}
-    assert ended == {{"_entries": "scored", "_found": "beams"}.get(method, victim)}
+    assert ended == {victim}
     sequences, _ = found[ended.pop()]
     reasons = [reason for _, _, reason in sequences]
     assert "error" in reasons or not reasons, reasons
+
+
+def test_a_recovery_that_fails_itself_loses_nothing(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C comes while the pages are restored, or there is no memory for new ones."""
+    fail_at(monkeypatch, llm.engine.runner, "fetch", 3, raise_error, after=False)
+    fail_at(monkeypatch, llm.engine.runner, "restore_pages", 1, raise_error, after=False)
+    add_all(llm.engine)
+    assert run(llm.engine, (RuntimeError,)) == expected
+
+
+def test_all_sequences_that_end_with_an_error_say_the_same(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, llm.engine._views, "observe", 4, raise_error, after=False)
+    llm.engine.add_request(*REQUESTS["two"], "two")
+    outputs: list[RequestOutput] = []
+    while llm.engine.has_unfinished_requests:
+        outputs = llm.engine.step()
+    (output,) = outputs
+    assert [one.stop_reason for one in output.outputs] == ["RuntimeError: injected (request 'two')"] * 2
+    assert [one.finish_reason for one in output.outputs] == ["error"] * 2
+
+
+def test_aborting_a_request_whose_output_fails_harms_nobody(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    add_all(llm.engine)
+    llm.engine.add_request("another", greedy(20), "another")
+    for _ in range(4):
+        llm.engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine._views, "output", lambda request_id: raise_error())
+        output = llm.engine.abort_request("another")
+    assert output is not None and output.finished
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("error", "RuntimeError: injected (request 'another')")
+    assert run(llm.engine) == expected
+
+
+def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
+    """It is ready when Ctrl-C or an update has ended the step, and its request is aborted then."""
+    engine = llm.engine
+    engine.add_request("hello", greedy(1), "a")
+    with engine._recovery():
+        engine._dispatch(engine._plan())  # type: ignore[arg-type]
+        engine._end_oldest()
+    output = engine.abort_request("a")
+    assert output is not None and output.finished and len(output.outputs[0].token_ids) == 1
+    assert engine.abort_request("a") is None and not engine.has_unfinished_requests
 
 
 def test_a_callback_that_fails_is_the_callers_business(

@@ -54,6 +54,18 @@ def test_each_is_compiled_once() -> None:
     programs.close()
 
 
+def test_what_was_prefetched_is_there_when_it_is_done() -> None:
+    compiler = Compiler(A)
+    programs = Programs(compiler)
+    programs.prefetch(A, B)
+    until(lambda: programs.has(B))
+    assert not programs.has(A) and not programs.has(A, B) and programs.num_compilations == 1 and programs.is_compiling
+    compiler.held[A].set()
+    until(lambda: programs.has(A, B))
+    assert programs.num_compilations == 2 and programs.get(A) == "sample_1" and programs.num_compilations == 2
+    programs.close()
+
+
 def test_a_compilation_that_failed_is_tried_again() -> None:
     calls: list[Shape] = []
 
@@ -113,8 +125,10 @@ def test_what_fails_in_the_background_is_named_and_tried_again(caplog: pytest.Lo
         return shape.name
 
     programs = Programs(compile_it)
-    programs.warm_in_background([A, B])
+    ended: list[int] = []
+    programs.warm_in_background([A, B], lambda: ended.append(programs.num_compilations))
     until(lambda: not programs.is_warming)
+    assert ended == [1]
     assert "sample_1 was not compiled" in caplog.text and "no memory" in caplog.text
     assert not programs.has(A) and programs.has(B)
     assert programs.get(A) == "sample_1" and calls == [A, B, A]

@@ -188,6 +188,24 @@ def test_pages_of_earlier_weights_are_nobody_elses(mode: str) -> None:
     assert step(scheduler).starts.tolist() == [10, 8], "those of today are found"
 
 
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_pages_that_may_hold_nan_are_not_found_though_their_request_was_preempted(mode: str) -> None:
+    """Its step ends without a token after the next one was planned, for which it gave its pages away."""
+    prompt = [*range(1, 10)]
+    (a,), (b,) = make_requests("a", prompt), make_requests("b", prompt)
+    scheduler = make(a, preemption_mode=mode)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.sequences.preempt(a)
+    assert scheduler.commit(plan, [-1], 1.0) == [a] and a.finish_reason == "error"
+    scheduler.check()
+    scheduler.add(b)
+    plan = step(scheduler)
+    assert plan.starts.tolist() == [0] and len(plan.swap_ins) == 0
+    swap = scheduler.kv.swap.pool
+    assert swap is None or not swap.keyed().any()
+
+
 def test_keys_of_a_waiting_request_are_those_of_the_weights_it_will_run_with() -> None:
     """It looked for cached pages, did not fit, and waits while the weights are updated."""
     (a,), (b,) = make_requests("a", [*range(1, 10)], max_tokens=30), make_requests("b", [*range(20, 60)], max_tokens=8)
