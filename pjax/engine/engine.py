@@ -141,7 +141,11 @@ class LLMEngine:
         elif config.warmup_mode == "background":
             self.runner.warm_in_background()
         if config.warmup_mode != "none" or self.hosts is not None:
-            self._wait_for_weights()
+            try:
+                self._wait_for_weights()
+            except BaseException:
+                self.runner.close()  # whatever it is compiling in the background
+                raise
 
     def _choose_sizes(self, source: ModelSource, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
         """Pages of the pool, and for how many of them there is host memory."""
