@@ -111,7 +111,7 @@ class Views:
         Args:
           failure: a key of FAILURES, where it ended for want of a token; `request.error` comes first.
         """
-        if request.stop_reason is not None and request.finish_reason == "error" and isinstance(request.stop_reason, str):
+        if request.error is not None and request.stop_reason is not None:
             return  # said already, with another sequence of the request
         if request.error is not None:
             message = f"{type(request.error).__name__}: {request.error} (request {request.request_id!r})"
@@ -121,7 +121,8 @@ class Views:
             message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
             log.warning("%s", message)
         for sequence in self._groups[request.request_id].sequences:
-            if sequence.request is request or (sequence.request.finish_reason == "error" and sequence.request.stop_reason is None):
+            ends_too = sequence.request.finish_reason == "error" and sequence.request.stop_reason is None
+            if sequence.request is request or (ends_too and (request.error is not None or request.beam is not None)):
                 sequence.request.stop_reason = message
 
     def _entries(
