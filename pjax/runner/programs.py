@@ -26,6 +26,7 @@ that write a row of a table."""
 
 NUM_THREADS = 2
 NICE = 19  # of the thread that compiles what nobody waits for: it takes the time that steps leave
+DELAY_SECONDS = 0.5  # until it begins: what a first request needs, often at once, goes first
 LOG_SECONDS = 5.0  # between two lines of its progress
 EXIT_SECONDS = 60.0  # that the interpreter's end waits for a compilation that runs: ending in the middle of one may crash
 
@@ -148,7 +149,11 @@ class Programs:
             self._queue = [shape for shape in self._queue if shape not in wanted] + wanted[::-1]
 
     def compile_next(self) -> bool:
-        """Compiles the first program of the queue, in the background thread; False when there is none left."""
+        """Compiles the first program of the queue, in the background thread; False when there is none left.
+
+        Waits while programs that are needed are being compiled: they get the processor.
+        """
+        wait([future for future in list(self._pending.values()) if not isinstance(future, _Background)])
         with self._lock:
             while self._queue and (self._queue[-1] in self._compiled or self._queue[-1] in self._pending):
                 self._queue.pop()
@@ -223,6 +228,7 @@ def _warm(of: weakref.ref[Programs]) -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     started = told = time.monotonic()
+    time.sleep(DELAY_SECONDS)
     while (programs := of()) is not None and programs.compile_next():
         if time.monotonic() - told > LOG_SECONDS:
             told = time.monotonic()

@@ -343,6 +343,9 @@ class ModelRunner:
         bucket = find_bucket(self.buckets, num_tokens, num_rows, decode_only)
         if self.programs.has(bucket, SampleShape(bucket.num_rows)):
             return
+        if decode_only and self.programs.is_warming:  # the bucket of the prompt's step can serve until this one is there
+            self.programs.hurry(bucket, SampleShape(bucket.num_rows))
+            return
         with nullcontext() if self.announce is None else self.announce(encode(COMPILE, asdict(bucket))):
             self.prefetch(bucket, in_turn=num_cpus() <= FEW_CORES)
 
