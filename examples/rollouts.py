@@ -41,7 +41,7 @@ vocabulary = Vocabulary(MODEL_AXIS, vocab)
 
 
 def score(model, tokens):
-    """Of one device's share: log-probabilities of tokens [B, S] after the prompt, [B, NEW]."""
+    """Log-probabilities [B, NEW] of the tokens [B, S] after the prompt, from one device's share of the model."""
     logits = forward(model, tokens[:, :-1])[:, PROMPT_LEN - 1 :]
     flat = vocabulary.without_padding(logits.reshape(-1, logits.shape[-1]))
     return vocabulary.take(vocabulary.log_softmax(flat), tokens[:, PROMPT_LEN:].ravel()).reshape(len(tokens), NEW)

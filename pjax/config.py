@@ -21,7 +21,7 @@ class EngineConfig:
     """Settings of one engine, named as in vLLM where vLLM has them. None means: chosen for the model and device."""
 
     dtype: str = "auto"
-    """Of parameters and activations. auto is the checkpoint's on accelerators and float32 on CPUs."""
+    """Type of parameters and activations. auto is the checkpoint's on accelerators and float32 on CPUs."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together; the model's own limit by default."""
     max_num_seqs: int | None = None

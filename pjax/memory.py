@@ -67,7 +67,7 @@ def choose_num_slots(config: EngineConfig, num_pages: int, bytes_per_page: int) 
 def _round_down(count: int) -> int:
     """The largest number of 5 leading bits up to `count`.
 
-    The pool's size is part of every compiled step: an odd page more or less of free memory must not miss the cache.
+    The pool's size is part of every compiled program: an odd page more or less of free memory must not miss the cache.
     """
     step = 1 << max(count.bit_length() - 5, 0)
     return count // step * step

@@ -60,7 +60,7 @@ class RequestOutput:
     """Prompt tokens whose keys and values were in the page pool already; None before it first ran."""
     metrics: RequestMetrics = field(repr=False, default_factory=lambda: RequestMetrics(0.0))
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """Of each prompt token and the likeliest ones in its place, None for the first; None where not wanted or not all there."""
+    """Log-probabilities of each prompt token and the likeliest in its place, None for the first; None where not wanted or not all there."""
 
 
 @dataclass(slots=True)
@@ -70,9 +70,9 @@ class BeamSearchSequence:
     tokens: list[int]
     """The prompt's and the generated ones, an end-of-sequence token included."""
     text: str
-    """Of all tokens, the prompt's too, as vLLM gives it; empty without a tokenizer."""
+    """Text of all tokens, the prompt's too, as vLLM gives it; empty without a tokenizer."""
     cum_logprob: float
-    """Of the generated tokens."""
+    """Sum of the generated tokens' log-probabilities."""
     score: float
     """cum_logprob / number of generated tokens ** length_penalty."""
     finish_reason: str

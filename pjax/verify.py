@@ -131,7 +131,7 @@ def _layers(ours: Any, theirs: _Theirs, prompt: Sequence[int]) -> list[Finding]:
 
 
 def _finding(where: str, mine: np.ndarray, theirs: np.ndarray) -> Finding:
-    """Of vectors [T, D]. One large element, which trained models have, would hide behind a largest difference."""
+    """Compares vectors [T, D] by their lengths: one large element, which trained models have, would hide behind a largest difference."""
     lengths = np.maximum(np.linalg.norm(theirs, axis=-1), np.finfo(np.float32).tiny)
     return Finding(where, float((np.linalg.norm(mine - theirs, axis=-1) / lengths).max()))
 

@@ -58,7 +58,7 @@ class Figures:
     num_cached_tokens: int = 0
     num_steps: int = 0
     grown_bytes: int = 0
-    """Of the process, over the second half."""
+    """Memory that the process gained in the second half."""
 
 
 def draw(rng: random.Random, bases: list[list[int]]) -> Asked:

@@ -296,3 +296,13 @@ def test_choices_of_settings_are_those_of_the_parts_that_they_are_for() -> None:
 
     assert config.ATTENTION_BACKENDS == api.BACKENDS
     assert config.PREEMPTION_MODES == swap.MODES
+
+
+def test_no_docstring_begins_with_of() -> None:
+    """Docstrings, of fields and constants too, name their subject first."""
+    found = []
+    for path in python_files("pjax", "tests", "benchmarks", "scripts", "examples"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and str(node.value.value).startswith("Of "):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

@@ -75,7 +75,7 @@ def machine() -> str:
 
 @functools.cache
 def versions(folder: Path) -> str:
-    """Of all engines that are installed."""
+    """Names and versions of all engines that are installed."""
     import jax
 
     from pjax import __version__

@@ -127,7 +127,7 @@ class Engine:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Of it and its children."""
+        """Processor seconds of the process and its children."""
         total = 0.0
         for process in [(root := psutil.Process(self.process.pid)), *root.children(recursive=True)]:
             times = process.cpu_times()

@@ -24,7 +24,7 @@ class Seen:
 
     started: float
     times: list[float] = field(default_factory=list)
-    """Of each piece of text."""
+    """Seconds at which each piece of text came."""
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     ended: float = 0.0

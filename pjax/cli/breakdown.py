@@ -24,7 +24,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?(
 
 
 def parts_of(hlo: str) -> dict[str, str]:
-    """The part of each instruction of a compiled step, by its name."""
+    """The part of each instruction of a compiled program, by its name."""
     files, locations, frames = (_table(hlo, name) for name in ("FileNames", "FileLocations", "StackFrames"))
     products = _computations_with_products(hlo)
 

@@ -173,7 +173,7 @@ class Intake:
             )
 
     def _next_seed(self) -> int:
-        """Of a request without one: from the engine's seed and how many came before, and no small number that a user might give."""
+        """The seed of a request without one: made of the engine's seed and the number of such requests before; never a small number."""
         text = f"{self._seed} {next(self._numbers)}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

@@ -53,7 +53,7 @@ class Replicas:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Of all engines."""
+        """The tokenizer of all engines."""
         return self.engines[0].tokenizer
 
     def add_request(

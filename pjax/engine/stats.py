@@ -18,7 +18,7 @@ class StepStats:
     None where that is not the step's time: a program was compiled meanwhile, or nobody called `step` for a while.
     """
     num_prefill_tokens: int
-    """Of rows with more than one token."""
+    """Tokens of rows with more than one token."""
     num_decode_tokens: int
     num_rows: int
 
@@ -29,7 +29,7 @@ class Counters:
 
     num_steps: int = 0
     prompt_tokens: int = 0
-    """Of the prompts that have been computed, cached tokens included."""
+    """Tokens of the prompts that have been computed, cached ones included."""
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     """Prompt tokens that were looked for in the page pool."""

@@ -54,7 +54,7 @@ def of_model(config: Any, dtype: str, path: Path) -> dict[str, Any]:
 
 
 def digest_of_sources(folder: Path) -> str:
-    """Of every Python file in it."""
+    """The SHA-256 of every Python file in a folder."""
     found = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")

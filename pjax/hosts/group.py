@@ -72,7 +72,7 @@ class Group:
         link.start()
 
     def addresses(self) -> dict[int, str]:
-        """Of the ranks that are connected."""
+        """Addresses of the ranks that are connected."""
         with self._lock:
             return {rank: link.address for rank, link in self._links.items()}
 

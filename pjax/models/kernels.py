@@ -77,12 +77,12 @@ class FloatKernel(nnx.Param[jax.Array], Kernel):
 
     @property
     def shape(self) -> Any:
-        """Of the array."""
+        """Shape of the array."""
         return self.get_value().shape
 
     @property
     def dtype(self) -> Any:
-        """Of the array."""
+        """Type of the array."""
         return self.get_value().dtype
 
     @property
@@ -118,7 +118,7 @@ class SideBySide(nnx.Module, Kernel):
 
     @property
     def dtype(self) -> Any:
-        """Of the largest part."""
+        """Type of the largest part."""
         return max(self.parts, key=lambda part: part.shape[0]).dtype
 
     @property
@@ -172,17 +172,17 @@ class LayerKernels(nnx.Module, Kernel):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of every layer's."""
+        """Shape of every layer's kernel."""
         return self.of_layer[0].shape
 
     @property
     def dtype(self) -> Any:
-        """Of the first layer's."""
+        """Type of the first layer's kernel."""
         return self.of_layer[0].dtype
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
-        """Of the first layer's."""
+        """Axes of the first layer's kernel."""
         return self.of_layer[0].axes
 
 
@@ -205,17 +205,17 @@ class ChosenKernel(Kernel):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of every layer's."""
+        """Shape of every layer's kernel."""
         return self._kernels[0].shape
 
     @property
     def dtype(self) -> Any:
-        """Of the first layer's."""
+        """Type of the first layer's kernel."""
         return self._kernels[0].dtype
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
-        """Of the first layer's."""
+        """Axes of the first layer's kernel."""
         return self._kernels[0].axes
 
     def matmul(self, x: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:

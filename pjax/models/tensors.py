@@ -45,7 +45,7 @@ class ModelTensors:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor that a parameter needs, as checkpoints have them."""
+        """Shapes of the tensors that parameters need, as checkpoints have them."""
         return {name: shape for source in self.sources.values() for name, shape in source.parts}
 
     @cached_property

@@ -88,7 +88,7 @@ class Source:
 
     @property
     def shape(self) -> Shape:
-        """Of the parameter."""
+        """Shape of the parameter."""
         if self.recipe is not None:
             return self.recipe.shape
         first = self.parts[0][1]

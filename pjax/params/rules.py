@@ -20,7 +20,7 @@ class LogitRules:
     bias: tuple[tuple[int, float], ...] = ()
     """Token and what is added to its logit."""
     bad_sequences: tuple[tuple[int, ...], ...] = ()
-    """Of two tokens and more: the last one never follows the others in what was generated."""
+    """Sequences of two tokens and more, whose last token never follows the others in what was generated."""
 
     def check(self, vocab_size: int, where: str) -> None:
         """InvalidRequestError when no token is left, or there are more or longer bad sequences than a step looks for."""

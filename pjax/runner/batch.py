@@ -30,7 +30,7 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Of the program in a profiler's trace: decode_64, mixed_512."""
+        """The program's name in a profiler's trace: decode_64, mixed_512."""
         return f"decode_{self.num_rows}" if self.decode_only else f"mixed_{self.num_tokens}"
 
 
@@ -63,7 +63,7 @@ class SampleShape:
 
     @property
     def name(self) -> str:
-        """Of the program in a profiler's trace: sample_64."""
+        """The program's name in a profiler's trace: sample_64."""
         return f"sample_{self.num_rows}"
 
 
@@ -75,7 +75,7 @@ class ScoreShape:
 
     @property
     def name(self) -> str:
-        """Of the program in a profiler's trace: score_512."""
+        """The program's name in a profiler's trace: score_512."""
         return f"score_{self.num_tokens}"
 
 

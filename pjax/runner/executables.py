@@ -1,4 +1,4 @@
-"""Compiled steps on disk, whole: a process that finds them needs neither to trace nor to lower nor to compile.
+"""Compiled programs on disk, whole: a process that finds them needs neither to trace nor to lower nor to compile.
 
 JAX's compilation cache keeps what the compiler made, by the program that it was made from; that program has to be made first, which
 takes Python longer than anything else at start-up (docs/decisions/0014-start-up.md). Here the key is what the program follows from.
@@ -44,7 +44,7 @@ def can_keep(model: ModelSource, config: EngineConfig, platform: str) -> bool:
 
 
 class Executables:
-    """Compiled steps, each in a file whose name has the hash of all that it follows from: `facts`, pjax's code, the machine.
+    """Compiled programs, each in a file whose name has the hash of all that it follows from: `facts`, pjax's code, the machine.
 
     Code counts by its content, wherever it lies and whenever it was written. All files together take MAX_BYTES at most. A file begins
     with the SHA-256 of its content, and one that is damaged is compiled again. A folder that is read only is used as it is. Files are
@@ -57,7 +57,7 @@ class Executables:
         self._num_saved = 0
 
     def get(self, name: str, compile_it: Callable[[], Any]) -> Any:
-        """The compiled step of that name: from its file, or compiled and saved."""
+        """The compiled program of that name: from its file, or compiled and saved."""
         if self._folder is None or getattr(jax.config, "jax_compilation_cache_dir", None):  # its results can't be saved again
             return compile_it()
         native.library()  # whose kernels steps call: they load only where these are registered
@@ -91,16 +91,16 @@ def _load(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):  # the latter where there is no home
         return None
     except OSError as error:
-        log.warning("a compiled step cannot be read, and is compiled again: %s: %s", path, error)
+        log.warning("a compiled program cannot be read, and is compiled again: %s: %s", path, error)
         return None
     digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:  # machine code that is damaged may do anything
-        log.warning("a compiled step is damaged, and is compiled again: the content of %s does not have its SHA-256", path)
+        log.warning("a compiled program is damaged, and is compiled again: the content of %s does not have its SHA-256", path)
         return None
     try:
         loaded = serialize_executable.deserialize_and_load(*pickle.loads(content))
     except Exception as error:
-        log.warning("a compiled step does not load, and is compiled again: %s: %s", path, error)
+        log.warning("a compiled program does not load, and is compiled again: %s: %s", path, error)
         return None
     with contextlib.suppress(OSError):  # of a folder that is read only
         os.utime(path)
@@ -133,7 +133,7 @@ def _code_digest() -> str:
 
 
 def _environment() -> tuple[object, ...]:
-    """What every compiled step follows from beside the model and the engine's sizes."""
+    """What every compiled program follows from beside the model and the engine's sizes."""
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
     settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name and "traceback" not in name)

@@ -24,10 +24,10 @@ ForwardOutput = tuple[jax.Array, jax.Array, jax.Array | None]
 """Pages; float32 logits [S, V] of the rows that are sampled; hidden states [T, D], None in buckets of decode rows alone."""
 
 POOL_SPEC = PartitionSpec(None, None, MODEL_AXIS)
-"""Of a pool in a mesh: each device's rows are those of its own KV heads, all keys and then all values."""
+"""How a pool is divided over a mesh: each device's rows are those of its own KV heads, all keys and then all values."""
 
 LOGITS_SPEC = PartitionSpec(None, MODEL_AXIS)
-"""Of logits in a mesh: each device has those of its own part of the vocabulary."""
+"""How logits are divided over a mesh: each device has those of its own part of the vocabulary."""
 
 
 def make_forward(graph: Any, structure: Any, backend: str | None) -> Callable[..., ForwardOutput]:

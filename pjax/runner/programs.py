@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -54,7 +53,6 @@ class Programs:
         self._queue: list[Shape] = []  # for the background thread, which takes the last one
         self._background: threading.Thread | None = None
         self._afterwards: Callable[[], None] | None = None
-        self._at_exit: Callable[[], None] | None = None
         self._is_closed = False
 
     def get(self, shape: Shape) -> Any:
@@ -101,6 +99,8 @@ class Programs:
 
     def prefetch(self, *shapes: Shape, in_turn: bool = False) -> None:
         """Starts compiling programs; `in_turn`: when those before them are done."""
+        if self.has(*shapes):
+            return
         with self._lock:
             earlier = list(self._pending.values()) if in_turn else []
             for shape in shapes:
@@ -119,7 +119,7 @@ class Programs:
     @property
     def is_compiling(self) -> bool:
         """Whether a program that is needed is being compiled."""
-        return any(not future.done() for shape, future in list(self._pending.items()) if not isinstance(future, _Background))
+        return any(not future.done() for future in list(self._pending.values()) if not isinstance(future, _Background))
 
     @property
     def is_warming(self) -> bool:
@@ -138,8 +138,7 @@ class Programs:
         """
         self._queue, self._afterwards = list(shapes)[::-1], afterwards
         self._background = threading.Thread(target=_warm, args=(weakref.ref(self),), name="pjax-warmup", daemon=True)
-        self._at_exit = partial(_close, weakref.ref(self))
-        atexit.register(self._at_exit)
+        atexit.register(_close, weakref.ref(self))
         self._background.start()
 
     def hurry(self, *shapes: Shape) -> None:
@@ -173,8 +172,12 @@ class Programs:
 
     def finish_background(self) -> None:
         """Does what comes after all programs, in the background thread."""
-        if self._afterwards is not None and not self._is_closed:
+        if self._afterwards is None or self._is_closed:
+            return
+        try:
             self._afterwards()
+        except Exception as error:
+            log.warning("copies to the host were not compiled; they are compiled when they are needed: %s", error)
 
     @property
     def num_queued(self) -> int:

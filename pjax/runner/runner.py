@@ -70,7 +70,7 @@ class StepResult:
     top_tokens: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     top_logprobs: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     prompt: PromptScores | None = None
-    """Of the tokens of `plan.scored`, one after the other; None when there are none."""
+    """Scores of the tokens of `plan.scored`, one after the other; None when there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class ModelRunner:
         bucket = self._bucket_for(plan, num_rows)
         inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
         if num_samples:
-            self.prefetch(bucket)  # both at once
+            self.prefetch(bucket)  # both at once, where they are missing
         forward = self.programs.get(bucket)
         sample = self.programs.get(SampleShape(bucket.num_rows)) if num_samples else None
         score = self.programs.get(ScoreShape(bucket.num_tokens)) if inputs.scored is not None else None
@@ -312,20 +312,17 @@ class ModelRunner:
         First comes what holds any plan, the largest bucket, so that there is always something to borrow; then what a single request
         takes, and so on by size.
         """
-        largest = self.buckets[-1]
-        first: list[Shape] = [largest, SampleShape(largest.num_rows)]
         by_size = sorted(self.buckets, key=lambda bucket: (bucket.num_tokens, not bucket.decode_only))
-        each: list[Shape] = [shape for bucket in by_size for shape in (bucket, SampleShape(bucket.num_rows))]
-        scores: list[Shape] = [ScoreShape(bucket.num_tokens) for bucket in by_size if not bucket.decode_only]
-        shapes = dict.fromkeys([*first, *each, WRITE_RULES, WRITE_TOKENS, *scores])
+        steps = [shape for bucket in (self.buckets[-1], *by_size) for shape in (bucket, SampleShape(bucket.num_rows))]
+        shapes = dict.fromkeys([*steps, *self._shapes(self.buckets)])
         self.programs.warm_in_background(shapes, None if self._swap is None else self._swap.warmup)
 
     def _shapes(self, buckets: Iterable[Bucket]) -> list[Shape]:
-        """Of all programs that steps of these buckets can take."""
+        """Shapes of all programs that steps of these buckets can take."""
         buckets = list(buckets)
         samples = dict.fromkeys(SampleShape(bucket.num_rows) for bucket in buckets)
         scores = (ScoreShape(bucket.num_tokens) for bucket in buckets if not bucket.decode_only)
-        return [*buckets, *samples, *scores, WRITE_RULES, WRITE_TOKENS]
+        return [*buckets, *samples, WRITE_RULES, WRITE_TOKENS, *scores]
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""

@@ -29,7 +29,7 @@ class ScoredTokens:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PromptScores:
-    """Of each target; the first `count` of each array are written."""
+    """Scores of each target; the first `count` of each array are written."""
 
     logprobs: jax.Array  # float32 [T]
     ranks: jax.Array  # int32 [T], 1 is the likeliest

@@ -56,7 +56,7 @@ class BeamSearch:
         self.finished: list[Hypothesis] = []  # at most `width`, the best first
         self.done = False
         self.cum_logprobs: Floats = np.zeros(1, np.float32)
-        """Of the beams."""
+        """Sums of log-probabilities, one for each beam."""
 
     def choose(self, outputs: list[list[int]], candidates: list[Candidates]) -> list[tuple[int, int]]:
         """(beam, token) of the next beams, the likeliest first; none when the search is done.

@@ -23,7 +23,7 @@ class KVManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
         self.epoch = 0
-        """Of the weights that steps run with; part of every page's key."""
+        """Number of the weights that steps run with; part of every page's key."""
         self._table = table
         self._copies: dict[Request, tuple[int, int]] = {}  # pages that the coming step copies: from, to
         self._pages: dict[Request, list[int]] = {}

@@ -79,7 +79,7 @@ class StepPlan:
 
 
 def _scored(index: int, request: Request, count: int) -> tuple[int, int, int] | None:
-    """Of the positions that a row computes, those before another token of a prompt that is to be scored."""
+    """(row of the plan, start, end) of the positions that a row computes before prompt tokens that are to be scored; None without any."""
     if request.params.prompt_logprobs is None or not request.scores_prompt:
         return None
     start, end = request.num_computed, min(request.num_computed + count, len(request.prompt_token_ids) - 1)

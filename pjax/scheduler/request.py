@@ -65,12 +65,12 @@ class Request:
     beam: BeamSearch | None = None
     """The search that all sequences of the prompt belong to."""
     candidates: Candidates | None = None
-    """Of a beam that has caught up: what may follow."""
+    """What may follow a beam that has caught up."""
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0
     """The weights that its pages are computed with, a number that grows with each update; or PRIVATE."""
     page_keys: list[bytes] = field(default_factory=list)
-    """Of its first full pages, as far as they were needed."""
+    """Keys of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None
     """Tokens that were in the pages already when it first ran; None before."""
     error: Exception | None = None

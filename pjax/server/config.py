@@ -50,7 +50,7 @@ class ServerConfig:
     max_waiting: int = 512
     """Requests that may wait in the engine; one more is answered with 429 and Retry-After."""
     max_body_bytes: int = 4 << 20
-    """Of a request."""
+    """Most bytes of a request."""
     max_prompts: int = 256
     """Most prompts in one request."""
     max_n: int = 128

@@ -21,7 +21,7 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """Of OpenAI; the second field is vLLM's."""
+    """OpenAI's options of a stream; the second field is vLLM's."""
 
     include_usage: bool = False
     """A last chunk without choices tells the usage."""

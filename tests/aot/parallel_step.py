@@ -72,7 +72,7 @@ def placed(struct: Any, mesh: Mesh) -> Any:
 
 
 def own_bytes(shares: Shares) -> int:
-    """Of the parameters on one device."""
+    """Bytes of the parameters on one device."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(shares.abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pjax import LLM
+from pjax import LLM, AsyncLLM
+from tests.engine.common import greedy, ids
 from tests.tiny import write_model
 
 
@@ -18,3 +20,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
     return LLM(folder, **request.module.OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM, request: pytest.FixtureRequest) -> list[list[int]]:
+    """Ten greedy tokens for each of the module's own PROMPTS."""
+    return [ids(llm, prompt, greedy(10)) for prompt in request.module.PROMPTS]
+
+
+@pytest.fixture
+def served(folder: Path, request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
+    """The engine in a thread, which ends with the test."""
+    llm = AsyncLLM(folder, **request.module.OPTIONS)
+    yield llm
+    llm.close()
+    assert llm.has_ended

@@ -27,18 +27,13 @@ from tests.tiny import write_model
 PROMPTS = [[(7 * i + j) % VOCAB for j in range(3 + 5 * i)] for i in range(6)]
 
 
-@pytest.fixture(scope="module")
-def expected(llm: LLM) -> list[list[int]]:
-    return [ids(llm, prompt, greedy(10)) for prompt in PROMPTS]
-
-
 @pytest.fixture
-def served(folder: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(folder, **OPTIONS)
-    yield llm
-    llm.close()
-    llm.engine.scheduler.check()
-    assert llm.engine.scheduler.pool.num_used == 0 and not llm.engine.has_unfinished_requests
+def served(served: AsyncLLM) -> Iterator[AsyncLLM]:
+    """As in all files, and nothing is left of any request in the end."""
+    yield served
+    served.close()
+    served.engine.scheduler.check()
+    assert served.engine.scheduler.pool.num_used == 0 and not served.engine.has_unfinished_requests
 
 
 async def tokens(llm: AsyncLLM, prompt: Any, params: Any, name: str | None = None) -> list[int]:

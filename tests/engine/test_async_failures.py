@@ -13,27 +13,14 @@ from typing import Any, TypeVar
 import jax
 import pytest
 
-from pjax import LLM, AsyncLLM, ConfigError, EngineDeadError, InvalidRequestError, models
+from pjax import AsyncLLM, ConfigError, EngineDeadError, InvalidRequestError, models
 from pjax.engine import async_llm
-from tests.engine.common import OPTIONS, greedy, ids
+from tests.engine.common import OPTIONS, greedy
 
 T = TypeVar("T")
 PROMPTS = [[3, 1, 4], [2, 7, 1, 8, 2, 8]]
 LONG = 90  # tokens: many steps
 STEP_TIMEOUT = 2.0  # seconds; on a busy machine a step may take one
-
-
-@pytest.fixture(scope="module")
-def expected(llm: LLM) -> list[list[int]]:
-    return [ids(llm, prompt, greedy(10)) for prompt in PROMPTS]
-
-
-@pytest.fixture
-def served(folder: Path) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(folder, **OPTIONS)
-    yield llm
-    llm.close()
-    assert llm.has_ended
 
 
 @pytest.fixture
@@ -224,10 +211,8 @@ def test_wrong_parameters_are_their_callers_alone(served: AsyncLLM, folder: Path
     assert served.is_running
 
 
-@pytest.mark.parametrize("end", ["death", "shutdown", "close"])
-def test_an_end_while_a_request_is_prepared_is_told_at_once(
-    served: AsyncLLM, monkeypatch: pytest.MonkeyPatch, gate: threading.Event, end: str
-) -> None:
+def hold_prepare(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> threading.Event:
+    """Makes requests wait for the gate while they are prepared; what is set when one waits."""
     preparing, prepare = threading.Event(), served.engine.prepare
 
     def slow(*arguments: Any, **named: Any) -> Any:
@@ -235,8 +220,16 @@ def test_an_end_while_a_request_is_prepared_is_told_at_once(
         gate.wait()
         return prepare(*arguments, **named)
 
+    monkeypatch.setattr(served.engine, "prepare", slow)
+    return preparing
+
+
+@pytest.mark.parametrize("end", ["death", "shutdown", "close"])
+def test_an_end_while_a_request_is_prepared_is_told_at_once(
+    served: AsyncLLM, monkeypatch: pytest.MonkeyPatch, gate: threading.Event, end: str
+) -> None:
     async def main() -> None:
-        monkeypatch.setattr(served.engine, "prepare", slow)
+        preparing = hold_prepare(served, monkeypatch, gate)
         task = asyncio.create_task(tokens(served, [1], 2))
         await soon(asyncio.to_thread(preparing.wait))
         if end == "death":
@@ -251,21 +244,16 @@ def test_an_end_while_a_request_is_prepared_is_told_at_once(
     asyncio.run(main())
 
 
-def test_a_request_that_is_being_prepared_is_drained(served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    preparing, go_on, prepare = threading.Event(), threading.Event(), served.engine.prepare
-
-    def slow(*arguments: Any, **named: Any) -> Any:
-        preparing.set()
-        go_on.wait()
-        return prepare(*arguments, **named)
-
+def test_a_request_that_is_being_prepared_is_drained(
+    served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
     async def main() -> None:
-        monkeypatch.setattr(served.engine, "prepare", slow)
+        preparing = hold_prepare(served, monkeypatch, gate)
         task = asyncio.create_task(tokens(served, PROMPTS[0], 10))
         await soon(asyncio.to_thread(preparing.wait))
         stopping = asyncio.create_task(served.shutdown(drain_seconds=60))
         await asyncio.sleep(0.05)
-        go_on.set()
+        gate.set()
         assert await soon(task) == expected[0]
         await soon(stopping)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -108,10 +109,7 @@ def test_ctrl_c_loses_nothing(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int
 ) -> None:
     """Wherever it comes: while some requests have their token, and others do not, it waits."""
-    owner: Any = llm.engine
-    for name in part.split("."):
-        owner = getattr(owner, name)
-    fail_at(monkeypatch, owner, method, call, press_ctrl_c, after=False)
+    fail_at(monkeypatch, attrgetter(part)(llm.engine), method, call, press_ctrl_c, after=False)
     add_all(llm.engine)
     interrupted: list[int] = []
     step = llm.engine.step
@@ -150,9 +148,7 @@ def test_what_fails_for_one_request_on_the_host_ends_that_request_alone(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, victim: str
 ) -> None:
     """Where it takes its third token, or the log-probabilities of its prompt; with what it had by then."""
-    owner: Any = llm.engine
-    for name in part.split("."):
-        owner = getattr(owner, name)
+    owner: Any = attrgetter(part)(llm.engine)
     whole, calls, failed = getattr(owner, method), [0], list[str]()
 
     def fails_for_victim(*arguments: Any) -> Any:

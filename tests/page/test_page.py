@@ -119,7 +119,7 @@ class Page:
         return self.answers()[-1]
 
     def colours(self) -> set[str]:
-        """Of the pool's drawing, as the style sheet names them."""
+        """Colours in the pool's drawing, as the style sheet names them."""
         script = """
             const canvas = document.getElementById("pool"), found = new Set();
             const style = getComputedStyle(document.documentElement);

@@ -82,7 +82,7 @@ def test_no_more_of_a_tensor_is_read_than_a_share(folder: Path, monkeypatch: pyt
 
 
 def test_what_a_share_holds(folder: Path) -> None:
-    """Of 4 devices: each its own queries and, two by two, a KV head; queries, then keys, then values."""
+    """Four devices have each their own queries and, two by two, a KV head; queries, then keys, then values."""
     tensors = load_file(folder / "model.safetensors")
     params = open_model(folder, dtype="float32", mesh=make_mesh(4), layer_mode="scan").load(progress=False)
     kernel = params["blocks"]["layers"]["attention"]["qkv"]["kernel"][...]

@@ -36,6 +36,19 @@ class Compiler:
         return shape.name
 
 
+class FailingOnce:
+    """Stands in for a compiler whose first compilation fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[Shape] = []
+
+    def __call__(self, shape: Shape) -> str:
+        self.calls.append(shape)
+        if len(self.calls) == 1:
+            raise RuntimeError("no memory")
+        return shape.name
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
@@ -67,15 +80,8 @@ def test_what_was_prefetched_is_there_when_it_is_done() -> None:
 
 
 def test_a_compilation_that_failed_is_tried_again() -> None:
-    calls: list[Shape] = []
-
-    def compile_it(shape: Shape) -> str:
-        calls.append(shape)
-        if len(calls) == 1:
-            raise RuntimeError("no memory")
-        return shape.name
-
-    programs = Programs(compile_it)
+    compiler = FailingOnce()
+    programs = Programs(compiler)
     with pytest.raises(RuntimeError, match="no memory"):
         programs.get(A)
     assert not programs.is_waiting and not programs.has(A) and programs.num_compilations == 0
@@ -116,22 +122,23 @@ def test_what_is_needed_does_not_wait_for_the_background() -> None:
 
 
 def test_what_fails_in_the_background_is_named_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    calls: list[Shape] = []
-
-    def compile_it(shape: Shape) -> str:
-        calls.append(shape)
-        if len(calls) == 1:
-            raise RuntimeError("no memory")
-        return shape.name
-
-    programs = Programs(compile_it)
+    compiler = FailingOnce()
+    programs = Programs(compiler)
     ended: list[int] = []
     programs.warm_in_background([A, B], lambda: ended.append(programs.num_compilations))
     until(lambda: not programs.is_warming)
     assert ended == [1]
     assert "sample_1 was not compiled" in caplog.text and "no memory" in caplog.text
     assert not programs.has(A) and programs.has(B)
-    assert programs.get(A) == "sample_1" and calls == [A, B, A]
+    assert programs.get(A) == "sample_1" and compiler.calls == [A, B, A]
+    programs.close()
+
+
+def test_what_comes_after_all_programs_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    programs = Programs(Compiler())
+    programs.warm_in_background([A], lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    until(lambda: not programs.is_warming)
+    assert programs.has(A) and "copies to the host were not compiled" in caplog.text
     programs.close()
 
 

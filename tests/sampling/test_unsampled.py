@@ -112,7 +112,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1, 1e30])
 def test_beams_log_probabilities_as_float64(temperature: float) -> None:
-    """Of logits far from 0, whose quotients by 1e-30 are beyond float32."""
+    """Logits are far from 0, and their quotients by 1e-30 are beyond float32."""
     logits = (np.random.default_rng(2).standard_normal((6, VOCAB)) * 4 + [[0], [1e3], [-1e3], [1e9], [-1e9], [30]]).astype(np.float32)
     logits[5, ::2] = -np.inf
     out = run(logits, max_logprobs=8, temperature=0, num_logprobs=0, logprob_temperature=temperature)

@@ -17,7 +17,7 @@ def argmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_argmax_finds_every_place(width: int) -> None:
-    """Of each place, alone and in a tie with every later one, with smaller numbers around or nothing but -inf."""
+    """Each place has the largest value, alone and in a tie with every later one, with smaller numbers around or nothing but -inf."""
     alone = np.where(np.eye(width, dtype=bool), 1.0, -1.0).astype(np.float32)
     tied = np.where(np.arange(width) >= np.arange(width)[:, None], 1.0, -np.inf).astype(np.float32)
     for x in (alone, tied, np.where(alone > 0, -5.0, -np.inf).astype(np.float32)):

@@ -106,7 +106,7 @@ def test_the_first_of_those_that_wait_keeps_its_row() -> None:
 @pytest.mark.parametrize("waiting", [300, 303])
 @pytest.mark.parametrize(("num_pages", "passes"), [(5 + 15 + 2 + 19 + 1, True), (5 + 15 + 2 + 19, False)])
 def test_rows_and_the_first_of_those_that_wait_keep_their_pages(num_pages: int, passes: bool, waiting: int) -> None:
-    """Of 19 for 300 tokens 5 are computed; rounding and a copy take two more. The other one needs 19 for all its tokens and one more."""
+    """Five of the 19 pages for 300 tokens are computed; rounding and a copy take two more. The other one needs 19 with its first token."""
     scheduler = make(300, waiting, num_pages=num_pages)
     scheduler.add(make_request("short", 5, 1))
     assert ("short" in step(scheduler)) == passes

@@ -169,7 +169,7 @@ def test_nothing_stays_saved_of_what_ended_or_was_lost(how: str) -> None:
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
 def test_pages_of_earlier_weights_are_nobody_elses(mode: str) -> None:
-    """Of a request that goes on with them and is preempted then: neither its pages nor its slots are found, unless all is computed anew."""
+    """A request goes on with them and is preempted: neither its pages nor its slots are found, unless all is computed anew."""
     prompt = [*range(1, 10)]
     (a,), (b,), (c,) = (make_requests(name, prompt) for name in "abc")
     scheduler = make(a, preemption_mode=mode)

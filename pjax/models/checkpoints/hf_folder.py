@@ -29,7 +29,7 @@ class Layout:
 
     @property
     def index(self) -> str:
-        """Of a sharded checkpoint: which file has which tensor."""
+        """Which file of a sharded checkpoint has which tensor."""
         return f"{self.single}.index.json"
 
 

@@ -88,7 +88,7 @@ class _Spec:
 
     @property
     def copies(self) -> int:
-        """Of the keys, or the values, of a block."""
+        """Number of copies that bring the keys, or the values, of a block."""
         return self.block // self.box
 
     @property

@@ -169,7 +169,7 @@ class _Refs(NamedTuple):
 
 
 def _scratch(rows: tuple[int, ...], lanes: int, pages: jax.Array, spec: _Spec) -> list[Any]:
-    """Of the last six of `_Refs`, for an accumulator of `rows` and lanes."""
+    """Shapes of the scratch memory behind the last six of `_Refs`, for an accumulator of `rows` and lanes."""
     return [
         pltpu.VMEM((2, spec.block, pages.shape[-1]), pages.dtype),
         pltpu.VMEM((*rows, lanes), jnp.float32),
@@ -252,7 +252,7 @@ class _Stream:
 
 
 def _table_specs(num_steps: int, width: int, row: Callable[..., Any]) -> list[pl.BlockSpec]:
-    """Of the block table [S, 1, W], a row at a time, for this grid step and the next: whole tables outgrow SMEM (1 MiB)."""
+    """Rows of the block table [S, 1, W] for this grid step and the next, one each: whole tables outgrow SMEM (1 MiB)."""
 
     def at(ahead: int) -> pl.BlockSpec:
         return pl.BlockSpec(

@@ -46,7 +46,7 @@ class Shape:
 
     @classmethod
     def of(cls, q: jax.Array, pages: jax.Array, options: AttentionOptions) -> Shape:
-        """Of a call's arguments."""
+        """The shape of a call's arguments."""
         return cls(
             dtype=str(q.dtype),
             page_size=pages.shape[1],
