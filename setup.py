@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-FOLDER = "pjax/pallas_kernels/native"
+FOLDER = "pjax/native"
 FLAGS = "-std=c++17 -O2 -g0 -ftree-vectorize -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -w -Wno-psabi".split()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from pjax.outputs import RequestMetrics
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.scheduler import Request, Scheduler
-from pjax.scheduler.beam import BeamSearch
+from pjax.scheduler.beam_search import BeamSearch
 
 TRACES = {"ShareGPT": (161.31, 337.99), "Alpaca": (19.31, 58.45)}  # mean prompt, mean output
 PAPER = {  # pages saved, percent: smallest and largest over their sizes (Kwon et al. 2023, section 6.3)

@@ -19,12 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pjax.checkpoints.orbax_folder import MANIFEST
+from pjax.checkpoints.tensors import PARAMETER_DTYPES, ModelTensors, open_tensors
+from pjax.checkpoints.weights import warn_of
+from pjax.checkpoints.writers import FORMATS, Shard, make_writer
 from pjax.errors import CheckpointError, ConfigError
 from pjax.models import find_family
-from pjax.models.checkpoints.orbax_folder import MANIFEST
-from pjax.models.checkpoints.writers import FORMATS, Shard, make_writer
-from pjax.models.tensors import PARAMETER_DTYPES, ModelTensors, open_tensors
-from pjax.models.weights import warn_of
 from pjax.text.loading import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _write_shards(partial: Path, writer: Any, plan: Mapping[str, Any], progress:
 
 def _carry(tensors: ModelTensors, folder: Path, dtype: str) -> None:
     """config.json for the new type, and tokenizer and other small files as they are."""
-    from pjax.models.checkpoints.hf_folder import check_inside
+    from pjax.checkpoints.hf_folder import check_inside
 
     hf = dict(tensors.hf)
     hf["torch_dtype" if "torch_dtype" in hf or "dtype" not in hf else "dtype"] = dtype

@@ -16,7 +16,7 @@ from pjax.errors import ConfigError, InvalidRequestError
 from pjax.logs import show_logs
 from pjax.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
-from pjax.scheduler.beam import score
+from pjax.scheduler.beam_search import score
 from pjax.text.chat_template import read_template
 from pjax.text.tokenizer import Tokenizer
 

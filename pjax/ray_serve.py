@@ -16,7 +16,7 @@ from pjax.cli.common import ONE_HOST, add_engine, server_config
 from pjax.cli.flags import add_fields, parse_mapping, settings_parser, values
 from pjax.cli.serve import FLAGS
 from pjax.errors import ConfigError, EngineDeadError
-from pjax.server.config import ServerConfig
+from pjax.server.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -46,27 +46,37 @@ class Part:
 
 PARTS = {
     "scheduler": Part(
-        ("scheduler/scheduler.py", "scheduler/queues.py", "scheduler/lifecycle.py", "scheduler/table.py", "scheduler/request.py"),
+        ("scheduler/scheduler.py", "scheduler/queues.py", "scheduler/sequences.py", "scheduler/sequence_table.py", "scheduler/request.py"),
         ("tests/scheduler/test_scheduler.py", "tests/scheduler/test_priorities.py", "tests/scheduler"),
     ),
-    "beams": Part(("scheduler/beam.py",), ("tests/scheduler", "tests/engine/test_beam_search.py")),
-    "page pool": Part(("scheduler/page_pool.py", "scheduler/kv_manager.py"), ("tests/scheduler/test_page_pool.py", "tests/scheduler")),
+    "beams": Part(("scheduler/beam_search.py",), ("tests/scheduler", "tests/engine/test_beam_search.py")),
+    "page pool": Part(("kv_cache/page_pool.py", "kv_cache/kv_manager.py"), ("tests/kv_cache/test_page_pool.py", "tests/scheduler")),
     "prefix keys": Part(
-        ("scheduler/prefix.py",), ("tests/scheduler/test_prefix_caching.py", "tests/scheduler", "tests/engine/test_sharing.py")
+        ("kv_cache/prefix.py",), ("tests/scheduler/test_prefix_caching.py", "tests/scheduler", "tests/engine/test_sharing.py")
     ),
-    "swap": Part(("scheduler/swap.py", "runner/swap.py"), ("tests/scheduler/test_swap.py", "tests/runner/test_swap.py", "tests/scheduler")),
+    "swap": Part(
+        ("kv_cache/swap_space.py", "runner/page_copies.py"),
+        ("tests/scheduler/test_swap.py", "tests/runner/test_page_copies.py", "tests/scheduler"),
+    ),
     "sampler": Part(
         ("sampling/sampler.py", "sampling/filters.py", "sampling/parameters.py"),
         ("tests/sampling/test_sampler.py", "tests/runner/test_batch.py", "tests/engine/test_sampling.py"),
     ),
     "penalties": Part(
-        ("sampling/adjust.py", "sampling/token_rules.py", "params/rules.py"),
+        ("sampling/adjust.py", "sampling/token_rules.py", "params/logit_rules.py"),
         ("tests/sampling/test_adjust.py", "tests/engine/test_sampling.py"),
     ),
     "detokenizer": Part(("text/detokenizer.py",), ("tests/text/test_detokenizer.py",)),
-    "tool parser": Part(("server/tools.py",), ("tests/server/test_chat.py",)),
+    "tool parser": Part(("server/tools.py",), ("tests/server/test_chat_completions.py",)),
     "server": Part(
-        ("server/chat.py", "server/completions.py", "server/prompts.py", "server/sampling.py", "server/errors.py", "server/bridge.py"),
+        (
+            "server/chat_completions.py",
+            "server/completions.py",
+            "server/prompts.py",
+            "server/sampling.py",
+            "server/errors.py",
+            "server/bridge.py",
+        ),
         ("tests/server",),
     ),
 }

@@ -29,7 +29,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from pjax.pallas_kernels import native
+from pjax import native
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

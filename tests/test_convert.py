@@ -22,9 +22,9 @@ import torch
 from flax import nnx
 
 from pjax import LLM, CheckpointError, ConfigError, SamplingParams
+from pjax.checkpoints import open_checkpoint, writers
 from pjax.convert import convert, verify
 from pjax.models import open_model
-from pjax.models.checkpoints import open_checkpoint, writers
 from pjax.text.loading import load_tokenizer
 from tests.tiny import write_model
 

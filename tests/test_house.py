@@ -29,24 +29,40 @@ MAY_IMPORT: dict[str, set[str]] = {
     "params": {"errors"},
     "outputs": {"errors"},
     "config": {"errors"},
-    "pallas_kernels": set(),
-    "gguf_header": {"errors"},
+    "native": set(),
+    "pallas_kernels": {"native", "moved"},
     "machine": set(),
     "ending": set(),
-    "models": {"pallas_kernels", "errors", "gguf_header", "machine"},
-    "scheduler": {"errors", "params", "outputs"},
+    "moved": set(),
+    "layers": {"pallas_kernels", "native", "errors"},
+    "checkpoints": {"native", "errors", "machine"},
+    "models": {"layers", "checkpoints", "errors", "machine", "moved"},
+    "kv_cache": {"errors"},
+    "scheduler": {"kv_cache", "errors", "params", "outputs"},
     "hosts": {"errors", "config"},
     "sampling": {"errors", "params"},
-    "runner": {"machine", "hosts", "models", "pallas_kernels", "sampling", "scheduler.plan", "errors", "config", "params"},
-    "text": {"errors", "params", "gguf_header"},
-    "convert": {"models", "text", "errors"},
+    "runner": {
+        "machine",
+        "hosts",
+        "models",
+        "layers",
+        "native",
+        "pallas_kernels",
+        "sampling",
+        "scheduler.plan",
+        "errors",
+        "config",
+        "params",
+    },
+    "text": {"errors", "params", "checkpoints.gguf_header"},
+    "convert": {"models", "checkpoints", "text", "errors"},
     "memory": {"pallas_kernels", "errors", "config", "machine"},
     "metrics": {"errors", "config", "outputs"},
 }
 MAY_IMPORT["engine"] = {*MAY_IMPORT}
 MAY_IMPORT["llm"] = {*MAY_IMPORT}
 MAY_IMPORT["server"] = {*MAY_IMPORT} - {"llm"}
-MAY_IMPORT["verify"] = {"models", "errors"}
+MAY_IMPORT["verify"] = {"models", "checkpoints", "errors"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 MAY_IMPORT["__main__"] = {*MAY_IMPORT}
 MAY_IMPORT["ray_serve"] = {"server", "engine", "cli", "errors"}
@@ -57,8 +73,10 @@ MAY_IMPORT_OUTSIDE: dict[str, set[str]] = {
     "params": set(),
     "outputs": set(),
     "config": {"numpy"},
+    "native": {"jax", "numpy"},
     "pallas_kernels": {"jax", "numpy"},
     "sampling": {"jax", "numpy"},
+    "kv_cache": {"numpy"},
     "scheduler": {"numpy"},
 }
 
@@ -230,7 +248,7 @@ def test_importing_the_kernels_loads_only_jax(tmp_path: Path) -> None:
     loaded = loaded_after("import pjax.pallas_kernels", tmp_path)
     assert "jax" in loaded
     assert not loaded & {"flax", "transformers", "tokenizers", "gguf", "torch", "fastapi"}
-    assert {name for name in loaded if name.startswith("pjax") and not is_inside(name, "pjax.pallas_kernels")} == {"pjax"}
+    assert {name for name in loaded if name.startswith("pjax") and not is_inside(name, "pjax.pallas_kernels")} == {"pjax", "pjax.native"}
 
 
 def test_every_export_is_where_the_package_says() -> None:
@@ -291,11 +309,11 @@ def test_steps_on_disk_are_keyed_by_all_code_that_they_follow_from() -> None:
 def test_choices_of_settings_are_those_of_the_parts_that_they_are_for() -> None:
     """`config` imports nothing heavy, so it repeats them."""
     from pjax import config
+    from pjax.kv_cache import swap_space
     from pjax.pallas_kernels.paged_attention import api
-    from pjax.scheduler import swap
 
     assert config.ATTENTION_BACKENDS == api.BACKENDS
-    assert config.PREEMPTION_MODES == swap.MODES
+    assert config.PREEMPTION_MODES == swap_space.MODES
 
 
 def test_no_docstring_begins_with_of() -> None:

@@ -11,8 +11,8 @@ from flax import nnx
 
 from pjax import cli, verify
 from pjax.models import llama
+from tests.checkpoints import gguf_files
 from tests.models import hf
-from tests.models.checkpoints import gguf_files
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "OPT", "GPT2"])

@@ -45,7 +45,7 @@ def parser(only: str | None = None) -> Parser:
 def _check_cpu_level(command: str) -> None:
     """ConfigError for a PJAX_CPU_LEVEL that is wrong; collect-env prints what is wrong with it."""
     if os.environ.get("PJAX_CPU_LEVEL") and command != "collect-env":
-        from pjax.pallas_kernels import native
+        from pjax import native
 
         try:
             native.library()

@@ -105,7 +105,7 @@ def _devices() -> dict[str, str]:
 
 
 def _native_kernel() -> str:
-    from pjax.pallas_kernels import native
+    from pjax import native
 
     try:
         level = native.cpu_level()

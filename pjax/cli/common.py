@@ -87,7 +87,7 @@ def open_engine(args: argparse.Namespace, **changes: Any) -> LLMEngine:
 
     While Python imports what it needs, a thread gets memory for the weights.
     """
-    from pjax.models.arena import Arena
+    from pjax.checkpoints.arena import Arena
 
     config, model = EngineConfig(**engine_options(args, **changes)), model_or_demo(args.model)
     with nothing_collected() if config.lazy and config.nnodes == 1 else nullcontext():

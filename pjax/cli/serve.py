@@ -13,7 +13,7 @@ FLAGS = {"api_keys": "api_key", "allowed_origins": "allowed_origin"}  # one at a
 
 def add_arguments(parser: Parser) -> None:
     """All of ServerConfig's fields and EngineConfig's."""
-    from pjax.server.config import ServerConfig
+    from pjax.server.server_config import ServerConfig
 
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="as --model (default: the demo model)")
     group = parser.add_argument_group("model")

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pjax.checkpoints.arena import Arena
 from pjax.config import EngineConfig
-from pjax.engine.hosts import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
+from pjax.engine.agreement import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
 from pjax.engine.intake import Intake, Prompt
 from pjax.engine.interrupts import uninterrupted
 from pjax.engine.opening import TokenizerOf, bytes_to_come, open_source, open_tokenizer
@@ -28,7 +29,6 @@ from pjax.engine.views import Views
 from pjax.errors import ConfigError, UnsupportedError
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
 from pjax.models import ModelSource
-from pjax.models.arena import Arena
 from pjax.models.given import match
 from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput

@@ -15,7 +15,7 @@ from pjax.errors import InvalidRequestError
 from pjax.outputs import RequestMetrics
 from pjax.params import MAX_CANDIDATES, MAX_SEED, BeamSearchParams, LogitRules, SamplingParams
 from pjax.scheduler import Request
-from pjax.scheduler.beam import BeamSearch, num_candidates
+from pjax.scheduler.beam_search import BeamSearch, num_candidates
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

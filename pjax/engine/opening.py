@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from pjax import native
+from pjax.checkpoints.arena import Arena
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
 from pjax.models import ModelSource, open_model
-from pjax.models.arena import Arena
 from pjax.models.given import source_of
-from pjax.pallas_kernels import native
 from pjax.text.loading import load_tokenizer
 from pjax.text.tokenizer import Tokenizer
 

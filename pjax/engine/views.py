@@ -13,7 +13,7 @@ from pjax.sampling.prompt_logprobs import PromptScores
 from pjax.sampling.sampler import NO_TOKEN
 from pjax.sampling.vocabulary import NOT_FINITE
 from pjax.scheduler import Request
-from pjax.scheduler.beam import BeamSearch
+from pjax.scheduler.beam_search import BeamSearch
 from pjax.text.detokenizer import Detokenizer
 from pjax.text.tokenizer import Tokenizer
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
-    from pjax.gguf_header import GGUFHeader
-    from pjax.models.arena import Arena
+    from pjax.checkpoints.arena import Arena
+    from pjax.checkpoints.gguf_header import GGUFHeader
     from pjax.models.sharding import Shares
 
 FAMILIES: dict[str, str] = {
@@ -123,10 +123,10 @@ def open_model(
     """
     from flax import nnx
 
-    from pjax.models.checkpoints.orbax_folder import OrbaxFolder
+    from pjax.checkpoints.orbax_folder import OrbaxFolder
+    from pjax.checkpoints.tensors import open_tensors
+    from pjax.checkpoints.weights import load_into
     from pjax.models.sharding import divide
-    from pjax.models.tensors import open_tensors
-    from pjax.models.weights import load_into
 
     tensors = open_tensors(model, find_family)
     checkpoint, config, hf = tensors.checkpoint, tensors.config, tensors.hf
@@ -186,7 +186,7 @@ def to_hf_state(model: Any) -> dict[str, jax.Array]:
     """
     from flax import nnx
 
-    from pjax.models.weights import expand, to_sources
+    from pjax.checkpoints.weights import expand, to_sources
 
     config = model.config
     family = importlib.import_module(type(model).__module__)

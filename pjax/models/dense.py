@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.models.attention import PLAIN, LayerOptions, RowContext
+from pjax.layers.attention import PLAIN, LayerOptions, RowContext
 
 MASKED = -1e30
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pjax.checkpoints.weights import warn_of
 from pjax.errors import ConfigError
+from pjax.layers.kernels import FloatKernel
+from pjax.layers.modules import is_in, kernels_in
 from pjax.models import ModelSource
-from pjax.models.kernels import FloatKernel
-from pjax.models.modules import is_in, kernels_in
-from pjax.models.weights import warn_of
 
 MAX_SHOWN = 5
 

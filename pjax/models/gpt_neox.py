@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pjax.checkpoints.weights import Weight
 from pjax.errors import CheckpointError
-from pjax.models.attention import PagedContext
-from pjax.models.config import ConfigReader, MultiHeadConfig, RopeConfig
-from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
-from pjax.models.rope import rotate, rotation
-from pjax.models.weights import Weight
+from pjax.layers.attention import PagedContext
+from pjax.layers.linear import ACTIVATIONS, MLP, Embedding, Linear, head_logits
+from pjax.layers.norms import LayerNorm
+from pjax.layers.rope import RopeConfig, rotate, rotation
+from pjax.layers.stack import LayerStack
+from pjax.models.hf_config import ConfigReader, MultiHeadConfig, read_rope
 
 PREFIX = "gpt_neox."
 OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}  # transformers 4
@@ -51,7 +53,7 @@ class GPTNeoXConfig(MultiHeadConfig):
             head_size=hidden_size // num_heads,
             max_position=max_position,
             layer_norm_epsilon=config.number("layer_norm_eps", 1e-5),
-            rope=RopeConfig.read(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
+            rope=read_rope(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
             activation=config.only("hidden_act", ACTIVATIONS, "gelu"),
             attention_bias=config.flag("attention_bias", True),
             parallel=config.flag("use_parallel_residual", True),

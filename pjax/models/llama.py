@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pjax.checkpoints.weights import Weight
 from pjax.errors import CheckpointError
-from pjax.models.attention import LayerOptions, PagedContext
-from pjax.models.config import ConfigReader, RopeConfig
-from pjax.models.layers import ACTIVATIONS, Embedding, LayerStack, Linear, RMSNorm, head_logits
-from pjax.models.rope import rotate, rotation
-from pjax.models.weights import Weight
+from pjax.layers.attention import LayerOptions, PagedContext
+from pjax.layers.linear import ACTIVATIONS, Embedding, Linear, head_logits
+from pjax.layers.norms import RMSNorm
+from pjax.layers.rope import RopeConfig, rotate, rotation
+from pjax.layers.stack import LayerStack
+from pjax.models.hf_config import ConfigReader, read_rope
 
 PREFIX = "model."
 OTHER_NAMES: dict[str, str] = {}
@@ -65,7 +67,7 @@ class LlamaConfig:
             head_size=config.integer("head_dim", hidden_size // num_heads),
             max_position=max_position,
             rms_norm_epsilon=config.number("rms_norm_eps", 1e-6),
-            rope=RopeConfig.read(config, max_position),
+            rope=read_rope(config, max_position),
             activation=config.only("hidden_act", ACTIVATIONS, "silu"),
             attention_bias=attention_bias or kind == "qwen2",
             out_bias=attention_bias,

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pjax.models.attention import PagedContext
-from pjax.models.config import ConfigReader, MultiHeadConfig
-from pjax.models.layers import ACTIVATIONS, MLP, Embedding, LayerNorm, LayerStack, Linear, head_logits
-from pjax.models.weights import Weight
+from pjax.checkpoints.weights import Weight
+from pjax.layers.attention import PagedContext
+from pjax.layers.linear import ACTIVATIONS, MLP, Embedding, Linear, head_logits
+from pjax.layers.norms import LayerNorm
+from pjax.layers.stack import LayerStack
+from pjax.models.hf_config import ConfigReader, MultiHeadConfig
 
 PREFIX = "model."  # some published files do without
 OTHER_NAMES: dict[str, str] = {}

@@ -18,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pjax.checkpoints.arena import aligned_empty
+from pjax.checkpoints.copying import numpy_dtype
+from pjax.checkpoints.weights import Piece, Source, find_source, is_stacked, loading_bar, source_paths, warn_of
 from pjax.errors import ConfigError, UnsupportedError
-from pjax.models.arena import aligned_empty
-from pjax.models.copying import numpy_dtype
-from pjax.models.kernels import Axis
-from pjax.models.layers import Embedding, Linear
-from pjax.models.weights import Piece, Source, find_source, is_stacked, loading_bar, source_paths, warn_of
+from pjax.layers.kernels import Axis
+from pjax.layers.linear import Embedding, Linear
 
 MODEL_AXIS = "model"
 MESH_AXES: dict[str, str | None] = {

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.typing import DTypeLike
 
-from pjax.pallas_kernels import native
+from pjax import native
 
 TOUCHED_AT_ONCE = 64 << 20  # bytes; between two such pieces it may be ended
 

@@ -23,16 +23,16 @@ import jax
 import jaxlib.version
 from jax.experimental import serialize_executable
 
+from pjax import native
 from pjax.config import EngineConfig
 from pjax.models import ModelSource
-from pjax.pallas_kernels import native
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 30  # of all files; those used longest ago go
 DIGEST_BYTES = 32
 SAVES_PER_LOOK = 16  # the folder is looked through after so many new files
-STEP_PARTS = ("config.py", "machine.py", "models", "pallas_kernels", "params", "runner", "sampling")
+STEP_PARTS = ("checkpoints", "config.py", "layers", "machine.py", "models", "native", "pallas_kernels", "params", "runner", "sampling")
 """The parts of pjax whose code is traced, or decides what is: what a step imports beside them knows nothing of JAX."""
 
 

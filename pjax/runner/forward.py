@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from pjax.models.attention import PagedContext
+from pjax.layers.attention import PagedContext
 from pjax.models.sharding import MODEL_AXIS, Shares
 from pjax.runner.batch import ForwardInput
 from pjax.sampling.prompt_logprobs import PromptScores, ScoredTokens, score_prompt

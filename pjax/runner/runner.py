@@ -26,8 +26,8 @@ from pjax.runner.batch import Bucket, Ints, SampleShape, ScoreShape, WriteShape,
 from pjax.runner.executables import Executables
 from pjax.runner.forward import LOGITS_SPEC, POOL_SPEC, jit_forward, jit_score, make_forward, make_score, shard_forward, shard_score
 from pjax.runner.mirror import COMPILE, Mirror, NewRow
+from pjax.runner.page_copies import PageSwap
 from pjax.runner.programs import Programs, Shape
-from pjax.runner.swap import PageSwap
 from pjax.sampling.adjust import LogitsProcessor
 from pjax.sampling.parameters import SamplingTable, flags_of
 from pjax.sampling.processors import check_processors

@@ -7,10 +7,7 @@ from enum import Enum
 
 from pjax.outputs import RequestMetrics
 from pjax.params import LogitRules, SamplingParams
-from pjax.scheduler.beam import BeamSearch, Candidates
-
-PRIVATE = -1
-"""Epoch of a request whose pages nobody else may have: it went on with them when the weights were updated, or they may hold NaN."""
+from pjax.scheduler.beam_search import BeamSearch, Candidates
 
 
 class RequestStatus(Enum):
@@ -68,7 +65,7 @@ class Request:
     """What may follow a beam that has caught up."""
     status: RequestStatus = RequestStatus.WAITING
     epoch: int = 0
-    """The weights that its pages are computed with, a number that grows with each update; or PRIVATE."""
+    """The weights that its pages are computed with, a number that grows with each update; or `kv_cache.sequence.PRIVATE`."""
     page_keys: list[bytes] = field(default_factory=list)
     """Keys of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None

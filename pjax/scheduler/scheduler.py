@@ -26,14 +26,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from pjax.errors import ConfigError, InvalidRequestError
-from pjax.scheduler.beam import Candidates
-from pjax.scheduler.kv_manager import KVManager
-from pjax.scheduler.lifecycle import Lifecycle
-from pjax.scheduler.page_pool import PagePool
+from pjax.kv_cache.kv_manager import KVManager
+from pjax.kv_cache.page_pool import PagePool
+from pjax.kv_cache.swap_space import SwapSpace
+from pjax.scheduler.beam_search import Candidates
 from pjax.scheduler.plan import StepPlan
 from pjax.scheduler.request import Request, RequestStatus
-from pjax.scheduler.swap import SwapSpace
-from pjax.scheduler.table import SequenceTable
+from pjax.scheduler.sequence_table import SequenceTable
+from pjax.scheduler.sequences import Lifecycle
 
 SHORT_SHARE = 4  # short prompts get at most one in so many of a step's tokens, where long ones want them too
 
@@ -69,7 +69,7 @@ class Scheduler:
         self.pool = PagePool(num_pages)
         self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
         swap = SwapSpace(num_host_slots, page_size, preemption_mode)
-        self.kv = KVManager(self.pool, self.table, page_size, swap, enable_prefix_caching=enable_prefix_caching)
+        self.kv = KVManager(self.pool, self.table.block_tables, page_size, swap, enable_prefix_caching=enable_prefix_caching)
         self._most_short = (max_num_batched_tokens - max_num_seqs) // SHORT_SHARE  # there is room for them though all rows decode
         self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority, self._most_short)
         self._num_in_flight = 0  # steps planned and not committed

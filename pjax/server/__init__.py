@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pjax.server.config import ServerConfig as ServerConfig
+from pjax.server.server_config import ServerConfig as ServerConfig
 
 
 def run(config: ServerConfig) -> int:

@@ -14,15 +14,15 @@ from starlette.responses import PlainTextResponse, Response
 
 from pjax import __version__
 from pjax.engine import AsyncLLM
-from pjax.server import chat, completions, errors, page, tokenization
+from pjax.server import chat_completions, completions, errors, page, tokenization
 from pjax.server.bridge import Bridge
-from pjax.server.config import ServerConfig
 from pjax.server.errors import ApiError
 from pjax.server.logs import log_throughput
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import ErrorAnswer
 from pjax.server.security import Gate
+from pjax.server.server_config import ServerConfig
 from pjax.server.service import Service, json_response, now
 
 
@@ -58,7 +58,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> 
     )
     app.state.service = service
     errors.install(app)
-    for part in (completions, chat, tokenization):
+    for part in (completions, chat_completions, tokenization):
         app.include_router(part.router(service))
     _add_models(app, service)
     _add_health(app, service)

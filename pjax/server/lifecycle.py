@@ -23,8 +23,8 @@ from pjax.errors import ConfigError
 from pjax.hosts import find_place
 from pjax.server.app import create_app
 from pjax.server.bridge import Bridge
-from pjax.server.config import ServerConfig
 from pjax.server.logs import set_up
+from pjax.server.server_config import ServerConfig
 from pjax.text.chat_template import read_template
 
 log = logging.getLogger("pjax.server")

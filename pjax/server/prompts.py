@@ -9,9 +9,9 @@ from typing import Any
 
 from pjax.engine import AsyncLLM
 from pjax.errors import ConfigError, InvalidRequestError
-from pjax.server.config import ServerConfig
 from pjax.server.errors import ApiError, invalid
 from pjax.server.schemas import Conversation, Message
+from pjax.server.server_config import ServerConfig
 from pjax.text.tokenizer import Tokenizer
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")

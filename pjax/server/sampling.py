@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pjax.params import BeamSearchParams, SamplingParams
-from pjax.server.config import ServerConfig
 from pjax.server.errors import invalid
 from pjax.server.schemas import Sampling
+from pjax.server.server_config import ServerConfig
 
 PASSED = (
     *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "stop", "stop_token_ids", "bad_words"),

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pjax.server.bridge import ClientGoneError
-from pjax.server.config import ServerConfig
 from pjax.server.errors import ApiError, as_api_error, as_response
 from pjax.server.logs import log_request
+from pjax.server.server_config import ServerConfig
 
 OPEN = ("/", "/health", "/ready", "/version", "/metrics")  # what needs no key, beside files under /static/; all else does
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)

@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 from pjax.outputs import RequestOutput
 from pjax.server.answers import dumps
 from pjax.server.bridge import Bridge, Generation, Params, while_connected
-from pjax.server.config import ServerConfig
 from pjax.server.errors import as_api_error
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import Sampling
+from pjax.server.server_config import ServerConfig
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pjax.server")

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from pjax.checkpoints.gguf_header import GGUFHeader, read_gguf_header
 from pjax.errors import CheckpointError, UnsupportedError
-from pjax.gguf_header import GGUFHeader, read_gguf_header
 from pjax.text.tokenizer import Tokenizer
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pjax.gguf_header import GGUFHeader
+from pjax.checkpoints.gguf_header import GGUFHeader
 from pjax.text.chat_template import read_template
 from pjax.text.tokenizer import Tokenizer, load_folder_tokenizer
 

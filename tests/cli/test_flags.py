@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from pjax import cli
+from pjax import cli, native
 from pjax.cli import collect_env
 from pjax.cli.common import NO_FLAG, ONE_HOST, engine_options, server_config
 from pjax.cli.flags import add_fields, field_docs, make_parser, size, values
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
-from pjax.pallas_kernels import native
 from pjax.params import SamplingParams
 from pjax.server import ServerConfig
 

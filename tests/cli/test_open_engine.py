@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import pjax.engine
+from pjax.checkpoints.arena import Arena
 from pjax.cli import common
 from pjax.cli.flags import make_parser
-from pjax.models.arena import Arena
 from tests.tiny import write_model
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pjax import LLM, CheckpointError, ConfigError, InvalidRequestError, LLMEngine, SamplingParams
+from pjax.checkpoints.hf_folder import HFFolder
 from pjax.config import EngineConfig
-from pjax.models.checkpoints.hf_folder import HFFolder
 from pjax.runner.batch import Bucket, SampleShape
+from pjax.runner.page_copies import COPY_SIZES
 from pjax.runner.programs import Shape
-from pjax.runner.swap import COPY_SIZES
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
 

@@ -109,6 +109,16 @@ def test_ctrl_c_loses_nothing(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int
 ) -> None:
     """Wherever it comes: while some requests have their token, and others do not, it waits."""
+    # A shell that starts the tests in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        check_ctrl_c(llm, expected, monkeypatch, part, method, call)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_ctrl_c(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int) -> None:
     fail_at(monkeypatch, attrgetter(part)(llm.engine), method, call, press_ctrl_c, after=False)
     add_all(llm.engine)
     interrupted: list[int] = []
@@ -124,7 +134,6 @@ def test_ctrl_c_loses_nothing(
     monkeypatch.setattr(llm.engine, "step", counted)
     assert run(llm.engine, (KeyboardInterrupt,)) == expected
     assert interrupted == [1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 HOST_PARTS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pjax import native
 from pjax.config import EngineConfig
 from pjax.engine.opening import open_source
 from pjax.errors import ConfigError
-from pjax.pallas_kernels import native
 from tests.tiny import write_model
 
 

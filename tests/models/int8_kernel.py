@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from pjax.models.kernels import FloatKernel, Kernel
+from pjax.layers.kernels import FloatKernel, Kernel
 
 
 class Int8Kernel(nnx.Module, Kernel):

@@ -20,13 +20,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pjax import CheckpointError, UnsupportedError
+from pjax.checkpoints.copying import copy_and_check
+from pjax.checkpoints.stored import DTYPES
+from pjax.checkpoints.tensors import gguf_name
 from pjax.convert import convert
 from pjax.models import ModelSource, llama, open_model
-from pjax.models.checkpoints.stored import DTYPES
-from pjax.models.copying import copy_and_check
-from pjax.models.tensors import gguf_name
+from tests.checkpoints import gguf_files
 from tests.models import hf
-from tests.models.checkpoints import gguf_files
 from tests.tiny import write_model
 
 TORCH = "pytorch_model.bin"
@@ -255,7 +255,7 @@ def test_infinite_weights_of_a_gguf_file_are_named(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_check_finds_every_bad_value_and_no_other(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pjax.models.copying.CHUNK", 64)
+    monkeypatch.setattr("pjax.checkpoints.copying.CHUNK", 64)
     rng = np.random.default_rng(0)
     for shape in ((7,), (33, 5), (3, 4, 17), (1, 200), (0, 4)):
         array = (rng.standard_normal(shape) * 10.0 ** rng.integers(-40, 40, shape)).astype(np.float64)
@@ -268,7 +268,7 @@ def test_check_finds_every_bad_value_and_no_other(dtype: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_float16_is_cast_as_numpy_casts_it(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pjax.models.copying.CHUNK", 1000)
+    monkeypatch.setattr("pjax.checkpoints.copying.CHUNK", 1000)
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(128, 512)
     for array in (values, values.T, values[::2, ::3], values[:, None]):
         target = np.empty(array.shape, DTYPES[dtype])

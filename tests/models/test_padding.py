@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pjax.models.layers import Embedding, LayerStack, Linear, head_logits
-from pjax.pallas_kernels import native
+from pjax import native
+from pjax.layers.linear import Embedding, Linear, head_logits
+from pjax.layers.stack import LayerStack
 
 CONTEXT = SimpleNamespace(num_tokens=jnp.int32(4))
 
@@ -66,7 +67,7 @@ def test_logits_of_some_rows(num_rows: int, is_tied: bool, monkeypatch: pytest.M
     wanted = (np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T)[:num_rows]
     for library in ("native", "none"):
         if library == "none":
-            monkeypatch.setattr("pjax.pallas_kernels.products.native.library", lambda: None)
+            monkeypatch.setattr("pjax.native.products.native.library", lambda: None)
         logits = jax.jit(lambda x, count: head_logits(x, None if is_tied else head, embed, count))(x, jnp.int32(num_rows))
         assert logits.shape == (40, 101)
         np.testing.assert_allclose(logits[:num_rows], wanted, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from pjax import models
-from pjax.models.weights import expand
+from pjax.checkpoints.weights import expand
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pjax.models.config import ConfigReader
-from pjax.models.layers import Embedding, LayerStack, Linear, head_logits
-from pjax.models.weights import Weight
+from pjax.checkpoints.weights import Weight
+from pjax.layers.linear import Embedding, Linear, head_logits
+from pjax.layers.stack import LayerStack
+from pjax.models.hf_config import ConfigReader
 
 PREFIX = "toy."
 OTHER_NAMES: dict[str, str] = {}

@@ -13,10 +13,10 @@ from flax import nnx
 from jax import lax
 
 from pjax import models
+from pjax.checkpoints.weights import Recipe, Source, expand, load_into
+from pjax.layers.kernels import FloatKernel, SideBySide
 from pjax.models import llama
-from pjax.models.kernels import FloatKernel, SideBySide
 from pjax.models.sharding import MODEL_AXIS, divide, make_mesh
-from pjax.models.weights import Recipe, Source, expand, load_into
 from tests.models.int8_kernel import Int8Kernel, quantised
 from tests.tiny import CONFIG, write_model
 

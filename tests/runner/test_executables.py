@@ -12,10 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pjax import LLM, SamplingParams
+from pjax import LLM, SamplingParams, native
+from pjax.layers.norms import RMSNorm
 from pjax.models import load
-from pjax.models.layers import RMSNorm
-from pjax.pallas_kernels import native
 from pjax.runner import executables
 from pjax.runner.runner import ModelRunner
 from tests.engine.common import OPTIONS, greedy

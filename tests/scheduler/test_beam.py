@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pjax.params import BeamSearchParams
-from pjax.scheduler.beam import BeamSearch, num_candidates
+from pjax.scheduler.beam_search import BeamSearch, num_candidates
 
 EOS = 0
 

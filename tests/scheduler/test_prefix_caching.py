@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pjax.kv_cache.page_pool import PagePool
+from pjax.kv_cache.prefix import page_keys
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.scheduler import Request, Scheduler
-from pjax.scheduler.page_pool import PagePool
-from pjax.scheduler.prefix import page_keys
 
 SIZES = {"num_pages": 64, "page_size": 4, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 Row = tuple[str, int, int, bool]  # request, start, count, whether it samples

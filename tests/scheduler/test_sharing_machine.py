@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pjax.outputs import RequestMetrics
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
-from pjax.scheduler.beam import BeamSearch, Candidates
-from pjax.scheduler.table import UNKNOWN
+from pjax.scheduler.beam_search import BeamSearch, Candidates
+from pjax.scheduler.sequence_table import UNKNOWN
 from tests.budget import examples
 
 VOCAB, EOS, POISON = 16, 0, -1

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from pjax.kv_cache.swap_space import PreemptionCost
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.scheduler import Request, Scheduler, StepPlan
-from pjax.scheduler.swap import PreemptionCost
 
 SIZES: dict[str, Any] = {
     "num_pages": 12,

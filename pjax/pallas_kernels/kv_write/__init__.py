@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import jax
 
 from pjax.pallas_kernels.kv_write import native
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 from pjax.pallas_kernels.pages import check_rows, write_kv
 
 

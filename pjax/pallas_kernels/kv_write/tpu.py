@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 from pjax.pallas_kernels.pages import check_rows, kv_rows
 
 IN_FLIGHT = 8  # groups in VMEM at once

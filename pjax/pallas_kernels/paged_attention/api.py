@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.checks import check_values, is_debug
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 
 log = logging.getLogger(__name__)
 

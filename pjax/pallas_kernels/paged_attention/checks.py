@@ -8,7 +8,7 @@ import os
 import jax
 import numpy as np
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 
 DEBUG_VARIABLE = "PJAX_DEBUG"
 

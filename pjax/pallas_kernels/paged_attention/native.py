@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pjax.pallas_kernels import native
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
+from pjax.native import ATTENTION, MISSING, library
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 256)
 
@@ -20,7 +20,7 @@ def why_not(q: jax.Array, pages: jax.Array, options: AttentionOptions) -> str | 
     if pages.dtype not in (jnp.float32, jnp.bfloat16) or q.shape[-1] not in HEAD_SIZES:
         shown = ", ".join(map(str, HEAD_SIZES))
         return f"takes pages of float32 or bfloat16 and head sizes {shown}, but q has heads of {q.shape[-1]} and pages are {pages.dtype}"
-    return None if native.library() is not None else native.MISSING
+    return None if library() is not None else MISSING
 
 
 def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: AttentionOptions) -> jax.Array:
@@ -28,7 +28,7 @@ def attend(q: jax.Array, pages: jax.Array, batch: RaggedBatch, options: Attentio
 
     Pages of float32 or bfloat16, head sizes of `HEAD_SIZES`; computed in float32. Padding gives zeros.
     """
-    call = jax.ffi.ffi_call(native.ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     out: jax.Array = call(
         q.astype(jnp.float32),
         pages,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions, soft_capped
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 from pjax.pallas_kernels.pages import read_kv
 
 

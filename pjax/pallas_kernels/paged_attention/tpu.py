@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.tiles import Tiles
 from pjax.pallas_kernels.paged_attention.tuning import choose
 

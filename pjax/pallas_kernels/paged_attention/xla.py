@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pjax.pallas_kernels.paged_attention.batch import RaggedBatch
 from pjax.pallas_kernels.paged_attention.options import AttentionOptions, soft_capped
+from pjax.pallas_kernels.paged_attention.ragged_batch import RaggedBatch
 from pjax.pallas_kernels.pages import read_kv
 
 DECODE_GROUP = 8  # rows that one iteration serves

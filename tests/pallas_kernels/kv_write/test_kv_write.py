@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pjax.pallas_kernels import native, pool_shape, write_targets
+from pjax import native
+from pjax.pallas_kernels import pool_shape, write_targets
 from pjax.pallas_kernels.kv_write import SlotTargets
 from tests.pallas_kernels.paged_attention.suite import Feature, Step, make_step
 

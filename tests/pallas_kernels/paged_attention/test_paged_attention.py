@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pjax.native import library
 from pjax.pallas_kernels import RaggedBatch, paged_attention, pool_shape
 from pjax.pallas_kernels.paged_attention import api, native
 from tests.pallas_kernels.paged_attention.suite import CASES, FEATURES, PADDED_CASES, Feature, KernelSuite, Step, make_step
@@ -72,7 +73,7 @@ class TestNative(SharingSuite):
 
     def test_it_was_built(self) -> None:
         """The tests install pjax where a compiler is; XLA would serve as well, and nobody would notice."""
-        assert native.native.library() is not None
+        assert library() is not None
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_queries_of_half_precision_over_pages_of_float32(self, dtype: str) -> None:

@@ -1,0 +1,153 @@
+"""Reading a Hugging Face config: what is used, what is known to change nothing, and the rest refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pjax.errors import CheckpointError, UnsupportedError
+from pjax.layers.rope import RopeConfig
+
+# Keys that describe training, storage or other libraries' run time, and never a forward pass.
+NEUTRAL_KEYS = frozenset(
+    "_attn_implementation _attn_implementation_autoset _name_or_path activation_dropout architectures attention_dropout "
+    "attention_probs_dropout_prob attn_pdrop auto_map bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines "
+    "decoder_start_token_id dropout dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout "
+    "hidden_dropout_prob id2label init_std initializer_range is_decoder is_encoder_decoder is_llama_config "
+    "keys_to_ignore_at_inference label2id language layerdrop max_sequence_length model_type n_ctx n_special name_or_path "
+    "num_labels output_attentions output_hidden_states output_past pad_token_id predict_special_tokens prefix problem_type "
+    "pruned_heads quantization resid_pdrop return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout "
+    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tf_legacy_loss tie_encoder_decoder torch_dtype "
+    "torchscript transformers.js_config transformers_version use_bfloat16 use_cache vocab_size_is_padded".split()
+)
+
+
+class ConfigReader:
+    """Takes keys from a config and remembers which; `finish` refuses what nobody took."""
+
+    def __init__(self, hf: Mapping[str, Any], family: str) -> None:
+        self._hf = dict(hf)
+        self._family = family
+        self._taken: set[str] = set()
+        self._numbers: dict[str, int] = {}  # integers that were read
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The key's value, or the default where the config has none or null."""
+        self._taken.add(key)
+        value = self._hf.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer that is at least `least`; CheckpointError otherwise or when it is missing."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be an integer >= {least}")
+        self._numbers[key] = value
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number; CheckpointError otherwise or when it is missing."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be a number > 0")
+        return float(value)
+
+    def divisor(self, key: str, of: str, default: int | None = None) -> int:
+        """An integer >= 1 that divides the integer at another key, which was read; CheckpointError otherwise."""
+        value, whole = self.integer(key, default), self._numbers[of]
+        if whole % value:
+            raise CheckpointError(f"{self._family} config: {key} is {value}, but must divide {of} {whole}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; CheckpointError otherwise."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._family} config: {key} is {value!r}, but must be true or false")
+        return value
+
+    def only(self, key: str, supported: Iterable[Any], default: Any) -> Any:
+        """A value out of a list; UnsupportedError with the list otherwise."""
+        value, supported = self.get(key, default), list(supported)
+        if value not in supported:
+            raise UnsupportedError(f"{self._family} config: {key} is {value!r}; supported: {', '.join(map(repr, supported))}")
+        return value
+
+    def same(self, *keys: str) -> Any:
+        """The value of keys of one meaning, None where none is there; CheckpointError when two differ."""
+        given = {key: value for key in keys if (value := self.get(key)) is not None}
+        values = list(given.values())
+        if any(value != values[0] for value in values):
+            pairs = " and ".join(f"{key} {value!r}" for key, value in given.items())
+            raise CheckpointError(f"{self._family} config: {pairs} differ, but mean the same")
+        return values[0] if values else None
+
+    def finish(self) -> None:
+        """Refuses keys that were not taken and are not known to be neutral."""
+        left = sorted(key for key in self._hf if key not in self._taken and key not in NEUTRAL_KEYS and self._hf[key] is not None)
+        if left:
+            fields = ", ".join(f"{key}={self._hf[key]!r}" for key in left)
+            raise UnsupportedError(f"{self._family} config has fields that pjax does not apply: {fields}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiHeadConfig:
+    """What families without grouped queries have in common. Sizes are named as in docs/shapes.md."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    head_size: int  # H
+    max_position: int
+    activation: str
+    tied: bool
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K: all of them."""
+        return self.num_heads
+
+
+def read_rope(config: ConfigReader, max_position: int, *, theta_key: str = "rope_theta", fraction_key: str | None = None) -> RopeConfig:
+    """Reads rotary positions from `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5).
+
+    A family whose heads are rotated in part names the key of the part; for the others it must be 1. A family's own keys may stand
+    beside the usual ones with the same values, as later versions of transformers 4 wrote them.
+    """
+    theta = config.same(theta_key, "rope_theta")
+    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"rope scaling is {raw!r}, but must be an object")
+    config.get("rope_scaling")
+    inner = ConfigReader(raw, "rope scaling")
+    inner_theta = inner.get("rope_theta")
+    theta_reader = ConfigReader({"rope_theta": theta if inner_theta is None else inner_theta}, "rope")
+    kind, old_kind = inner.get("rope_type"), inner.get("type")  # older files say "type"
+    inner_kind = ConfigReader({"rope_type": kind or old_kind}, "rope scaling")
+    kind = inner_kind.only("rope_type", ("default", "linear", "dynamic", "llama3", "yarn"), "default")
+    values: dict[str, Any] = {"kind": kind, "theta": theta_reader.number("rope_theta", 10000.0)}
+    if kind != "default":
+        values["factor"] = inner.number("factor")
+    values["original_max_position"] = inner.integer("original_max_position_embeddings", max_position)
+    if kind == "llama3":
+        values["low_freq_factor"] = inner.number("low_freq_factor")
+        values["high_freq_factor"] = inner.number("high_freq_factor")
+    if kind == "yarn":
+        values["beta_fast"] = inner.number("beta_fast", 32.0)
+        values["beta_slow"] = inner.number("beta_slow", 1.0)
+        values["truncate"] = inner.flag("truncate", True)
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            values[key] = None if inner.get(key) is None else inner.number(key)
+    fraction = None if fraction_key is None else config.same(fraction_key, "partial_rotary_factor")
+    if fraction_key is None:
+        inner.only("partial_rotary_factor", (1, 1.0), 1.0)
+    else:
+        values["fraction"] = inner.number("partial_rotary_factor", 0.25 if fraction is None else fraction)
+        if values["fraction"] > 1:
+            raise CheckpointError(f"rope scaling: {fraction_key} is {values['fraction']}, but must be in (0, 1]")
+    inner.finish()
+    return RopeConfig(**values)
