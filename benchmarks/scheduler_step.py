@@ -56,7 +56,7 @@ def steps(count: int, waiting: int, num_steps: int, rng: np.random.Generator, pr
         for request in plan.sampled:
             sampling.set(request.row, request, request.params, request.seed)
         bucket = find_bucket(buckets, plan.num_tokens, max(len(plan.rows), len(plan.sampled)), plan.num_decode == len(plan.rows))
-        pack(plan, scheduler.table.tokens, scheduler.table.block_tables, sampling, bucket)
+        pack(plan, scheduler.table.tokens, sampling, bucket)
         times.append(time.thread_time())
         scheduler.commit(plan, rng.integers(1, 30000, len(plan.sampled)), 0.0)
         times.append(time.thread_time())

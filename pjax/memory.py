@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pjax.config import EngineConfig
 from pjax.errors import ConfigError
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.machine import host_free_bytes
-from pjax.pallas_kernels.pages import page_bytes
 
 DEFAULT_SWAP_SPACE = 4 << 30
 HOST_SHARE = 0.1  # of free host memory, for pages of preempted requests
@@ -18,19 +19,19 @@ CPU_SHARE = 0.2  # a CPU's memory is not the engine's own
 
 
 def choose_num_pages(
-    config: EngineConfig, model: Any, kv_dtype: str, max_model_len: int, *, weight_bytes: int = 0, devices: Sequence[Any] = ()
+    config: EngineConfig, layout: KVCacheLayout, kv_dtype: str, max_model_len: int, *, weight_bytes: int = 0, devices: Sequence[Any] = ()
 ) -> int:
     """Pages of one layer: as asked, or what fits the device, but no more than all sequences at full length can use.
 
     Args:
-      model: the config of what one device has.
+      layout: of what one device has.
       weight_bytes: of the weights that are still to be loaded, on one device.
       devices: that have a pool each; JAX's first one by default.
 
     Raises ConfigError when not even one page fits, or on a CPU with `warmup` "all", which takes all of it, when what is asked for
     does not.
     """
-    one = page_bytes(model.num_layers, config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
+    one = layout.page_bytes(config.page_size, jnp.dtype(kv_dtype).itemsize)
     is_cpu = jax.default_backend() == "cpu"
     left = max(_free_bytes(devices or jax.local_devices()[:1]) - weight_bytes, 0)
     asked = config.num_pages
@@ -45,9 +46,10 @@ def choose_num_pages(
             )
         return asked
     free = left * config.memory_share * (CPU_SHARE if is_cpu else 1)
-    useful = -(-max_model_len // config.page_size) * config.step_sizes[0]
+    max_num_seqs, max_step_tokens = config.step_sizes
+    useful = layout.num_pages_for(max_model_len, config.page_size, max_step_tokens) * max_num_seqs + layout.num_reserved
     fits = int(free // one)
-    if fits < 1:
+    if fits < 1 + layout.num_reserved:
         raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
     return useful if useful <= fits else _round_down(fits)
 
@@ -81,7 +83,17 @@ def _free_bytes(devices: Sequence[Any]) -> float:
     return float(host_free_bytes()) / len(devices)
 
 
-def describe_pool(num_pages: int, page_size: int, max_model_len: int) -> str:
-    """One line: what the pool holds."""
-    tokens = num_pages * page_size
-    return f"page pool: {num_pages} pages of {page_size} = {tokens} tokens, {tokens / max_model_len:.1f} requests of {max_model_len} tokens"
+def describe_pool(num_pages: int, page_size: int, max_model_len: int, layout: KVCacheLayout, max_step_tokens: int) -> str:
+    """One line: what the pool holds, and where layers have windows what of a full cache a request takes."""
+    each = layout.num_pages_for(max_model_len, page_size, max_step_tokens)
+    requests = f"{(num_pages - layout.num_reserved) / each:.1f} requests of {max_model_len} tokens"
+    if not layout.has_windows:
+        return f"page pool: {num_pages} pages of {page_size} = {num_pages * page_size} tokens, {requests}"
+    groups = ", ".join(
+        f"{len(group.layers)} {'full' if group.sliding_window is None else f'window {group.sliding_window}'}" for group in layout.groups
+    )
+    num_layers = sum(len(group.layers) for group in layout.groups)
+    share = each * layout.num_layers / (-(-max_model_len // page_size) * num_layers)
+    return (
+        f"page pool: {num_pages} pages of {page_size} tokens for groups of layers ({groups}), {requests}, {share:.0%} of a full cache each"
+    )

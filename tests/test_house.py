@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "ending": set(),
     "moved": set(),
-    "layers": {"pallas_kernels", "native", "errors"},
+    "layers": {"pallas_kernels", "native", "kv_cache.layout", "errors"},
     "checkpoints": {"native", "errors", "machine"},
     "models": {"layers", "checkpoints", "errors", "machine", "moved"},
     "kv_cache": {"errors"},
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "layers",
         "native",
+        "kv_cache.layout",
         "pallas_kernels",
         "sampling",
         "scheduler.plan",
@@ -56,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "text": {"errors", "params", "checkpoints.gguf_header"},
     "convert": {"models", "checkpoints", "text", "errors"},
-    "memory": {"pallas_kernels", "errors", "config", "machine"},
+    "memory": {"kv_cache", "errors", "config", "machine"},
     "metrics": {"errors", "config", "outputs"},
 }
 MAY_IMPORT["engine"] = {*MAY_IMPORT}

@@ -10,9 +10,10 @@ import pytest
 
 from pjax import ConfigError, memory
 from pjax.config import EngineConfig
+from pjax.kv_cache.layout import KVCacheLayout, KVCacheSpec, make_layout
 from pjax.machine import host_free_bytes
 
-MODEL = SimpleNamespace(num_layers=2, num_kv_heads=3, head_size=64)
+MODEL = KVCacheLayout.uniform(2, 3, 64)
 PAGE = 2 * 2 * 16 * 3 * 64 * 4  # bytes: keys and values, layers, tokens, heads, head size, float32
 
 
@@ -110,8 +111,21 @@ def test_a_little_more_or_less_free_memory_gives_the_same_pool(monkeypatch: pyte
 
 
 def test_the_log_line_says_what_fits() -> None:
-    line = memory.describe_pool(100, 16, 512)
+    line = memory.describe_pool(100, 16, 512, MODEL, 64)
     assert line == "page pool: 100 pages of 16 = 1600 tokens, 3.1 requests of 512 tokens"
+
+
+def test_the_log_line_says_what_windows_save() -> None:
+    """22 of 26 layers see 512 tokens: a request of 32,768 has 2048 pages of 4 layers, and of each of 6 groups of others 42 + 32 + 1."""
+    specs = [KVCacheSpec(num_kv_heads=1, head_size=256, sliding_window=None if layer % 6 == 5 else 512) for layer in range(26)]
+    layout = make_layout(specs, 32768)
+    line = memory.describe_pool(9000, 16, 32768, layout, 512)
+    windows = ", ".join(["4 window 512"] * 5 + ["2 window 512"])
+    each = 2048 + 6 * ((511 + 512 + 15) // 16 + 1)
+    assert line == (
+        f"page pool: 9000 pages of 16 tokens for groups of layers (4 full, {windows}), {8999 / each:.1f} requests of 32768 tokens, "
+        f"{each * 4 / (2048 * 26):.0%} of a full cache each"
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from pjax.engine.opening import TokenizerOf, bytes_to_come, open_source, open_to
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
 from pjax.errors import ConfigError, UnsupportedError
+from pjax.kv_cache.layout import KVCacheLayout, make_layout, specs_of
 from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
 from pjax.models import ModelSource
 from pjax.models.given import match
 from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
-from pjax.pallas_kernels.pages import page_bytes
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, can_keep, use_compilation_cache
 from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
@@ -106,7 +106,8 @@ class LLMEngine:
         self.max_model_len = self._resolve_length(source.config.max_position)
         kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
         devices = () if mesh is None else mesh.local_devices
-        sizes = self._choose_sizes(source, bytes_to_come(source, arena), kv_dtype, devices)  # before weights take memory
+        layout = make_layout(specs_of(source.own_config), self.max_model_len)
+        sizes = self._choose_sizes(source, layout, bytes_to_come(source, arena), kv_dtype, devices)  # before weights take memory
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
         load = partial(source.load, progress=progress) if given is None else lambda: given
         self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows
@@ -115,7 +116,7 @@ class LLMEngine:
         each = "" if source.shares is None else f" on each of {source.shares.size} devices"
         log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)
         steps = use_compilation_cache(config.compilation_cache_dir, whole_steps=can_keep(source, config, platform))
-        self.scheduler, self.runner = self._build(source, kv_dtype, sizes, steps)
+        self.scheduler, self.runner = self._build(source, layout, kv_dtype, sizes, steps)
         self._intake = Intake(
             self.tokenizer,
             vocab_size=source.config.vocab_size,
@@ -147,23 +148,24 @@ class LLMEngine:
                 self.runner.close()  # whatever it is compiling in the background
                 raise
 
-    def _choose_sizes(self, source: ModelSource, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]) -> tuple[int, int]:
+    def _choose_sizes(
+        self, source: ModelSource, layout: KVCacheLayout, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]
+    ) -> tuple[int, int]:
         """Pages of the pool, and for how many of them there is host memory."""
-        config, model = self.config, source.own_config
-        num_pages = choose_num_pages(config, model, kv_dtype, self.max_model_len, weight_bytes=weight_bytes, devices=devices)
+        config = self.config
+        num_pages = choose_num_pages(config, layout, kv_dtype, self.max_model_len, weight_bytes=weight_bytes, devices=devices)
         num_shares = 1 if source.shares is None else min(source.shares.size, len(devices))  # of which this host keeps pages
-        num_slots = choose_num_slots(config, num_pages, self._page_bytes(source, kv_dtype) * num_shares)
+        num_slots = choose_num_slots(config, num_pages, layout.page_bytes(config.page_size, jnp.dtype(kv_dtype).itemsize) * num_shares)
         num_pages, num_slots = agree_on_sizes(self.hosts, num_pages, num_slots)
         return num_pages, num_slots
 
-    def _page_bytes(self, source: ModelSource, kv_dtype: str) -> int:
-        model = source.own_config
-        return page_bytes(model.num_layers, self.config.page_size, model.num_kv_heads, model.head_size, kv_dtype)
-
-    def _build(self, source: ModelSource, kv_dtype: str, sizes: tuple[int, int], steps: Path | None) -> tuple[Scheduler, ModelRunner]:
+    def _build(
+        self, source: ModelSource, layout: KVCacheLayout, kv_dtype: str, sizes: tuple[int, int], steps: Path | None
+    ) -> tuple[Scheduler, ModelRunner]:
         config, (num_pages, num_slots) = self.config, sizes
-        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len))
+        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len, layout, config.step_sizes[1]))
         limits: dict[str, Any] = {
+            "layout": layout,
             "num_pages": num_pages,
             "page_size": config.page_size,
             "max_model_len": self.max_model_len,
@@ -177,7 +179,8 @@ class LLMEngine:
             seconds_per_priority=config.seconds_per_priority,
             preemption_mode=config.preemption_mode,
         )
-        scheduler.kv.swap.cost.observe_copy(1, self._page_bytes(source, kv_dtype) / ASSUMED_COPY_RATE)
+        page_bytes = layout.page_bytes(config.page_size, jnp.dtype(kv_dtype).itemsize)
+        scheduler.kv.swap.cost.observe_copy(1, page_bytes / ASSUMED_COPY_RATE)
         limits |= {name: getattr(config, name) for name in ("attention_backend", "logits_processors")}
         return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, step_folder=steps))
 
@@ -397,7 +400,7 @@ class LLMEngine:
         self._last_plan = plan
         table, num_compilations = self.scheduler.table, self.runner.num_compilations
         started = time.monotonic()
-        running = self.runner.dispatch(plan, table.tokens, table.block_tables)
+        running = self.runner.dispatch(plan, table.tokens)
         self._in_flight.append(_Step(plan, running, started))
         if self.runner.num_compilations > num_compilations:
             self._forget_times()

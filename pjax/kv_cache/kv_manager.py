@@ -1,184 +1,312 @@
-"""Pages of the running requests: how many each needs, which it has, and the block tables that say so."""
+"""Pages of the running sequences: how many each needs, which it has, and the block tables that say so."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from pjax.kv_cache.page_pool import PagePool
-from pjax.kv_cache.prefix import page_keys
-from pjax.kv_cache.sequence import PRIVATE, Sequence
+from pjax.kv_cache.block_tables import BlockTables
+from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout
+from pjax.kv_cache.page_pool import PagePool, PageRun
+from pjax.kv_cache.prefix import group_key, page_keys
+from pjax.kv_cache.sequence import PRIVATE, CachedSequence
 from pjax.kv_cache.swap_space import SwapSpace
 
 
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """What the pool holds already of a sequence's first tokens."""
+
+    num_tokens: int
+    runs: tuple[PageRun, ...]
+    """By group: all pages of those tokens, or, where the group has a window, those that the next token sees."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a running sequence has."""
+
+    runs: list[PageRun]  # by group; all end at the same index
+    num_named: int  # its first pages that are found again, or whose equals are
+
+
 class KVManager:
-    """Position `i` of a request is slot `i % page_size` of page `block_tables[row, i // page_size]`."""
+    """Position `i` of a sequence is slot `i % page_size` of page `block_tables.ids[group, row, i // page_size]`.
+
+    Args:
+      max_step_tokens: tokens of one sequence that a step computes at most.
+    """
 
     def __init__(
-        self, pool: PagePool, block_tables: npt.NDArray[np.int32], page_size: int, swap: SwapSpace, *, enable_prefix_caching: bool = True
+        self,
+        pool: PagePool,
+        block_tables: BlockTables,
+        page_size: int,
+        swap: SwapSpace,
+        layout: KVCacheLayout,
+        max_step_tokens: int,
+        *,
+        enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = pool
         self.swap = swap
+        self.layout = layout
         self.enable_prefix_caching = enable_prefix_caching
         self.page_size = page_size
         self.epoch = 0
         """Number of the weights that steps run with; part of every page's key."""
         self._block_tables = block_tables
-        self._copies: dict[Sequence, tuple[int, int]] = {}  # pages that the coming step copies: from, to
-        self._pages: dict[Sequence, list[int]] = {}
-        self._num_remembered: dict[Sequence, int] = {}  # its first pages that are found again, or whose equals are
+        self._max_step_tokens = max_step_tokens
+        self._windows = [(number, group) for number, group in enumerate(layout.groups) if group.sliding_window is not None]
+        self._copies: dict[CachedSequence, list[tuple[int, int]]] = {}  # pages that the coming step copies: from, to
+        self._held: dict[CachedSequence, _Held] = {}
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of layers: as many pages are needed for each page_size tokens."""
+        return len(self.layout.groups)
 
     def num_pages_for(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` tokens take."""
-        return -(-num_tokens // self.page_size)
+        """Returns the pages that a sequence of `num_tokens` tokens has at most at one time, over all groups."""
+        return self.layout.num_pages_for(num_tokens, self.page_size, self._max_step_tokens)
 
-    def pages_of(self, request: Sequence) -> list[int]:
-        """A request's pages, in the order of its positions."""
-        return self._pages.get(request, [])
+    def pages_of(self, sequence: CachedSequence, group: int = 0) -> list[int]:
+        """Returns a sequence's pages in a group, in the order of its positions; not those that a window has passed."""
+        held = self._held.get(sequence)
+        return [] if held is None else held.runs[group].ids
 
-    def extend(self, request: Sequence, num_tokens: int) -> bool:
-        """Gives a running request the pages of positions `[0, num_tokens)`, those from `num_computed` on for itself alone.
+    def extend(self, sequence: CachedSequence, num_tokens: int) -> bool:
+        """Gives a running sequence the pages of positions `[0, num_tokens)`, those from `num_computed` on for itself alone.
 
-        A page that it would write and shares with others is replaced, and copied by the coming step (Kwon et al. 2023,
-        section 4.4). Such a page is partly filled: full ones are never written. False, and nothing taken, when too few are free.
+        Pages that a window has passed are freed first. A page that it would write and shares with others is replaced, and copied
+        by the coming step (Kwon et al. 2023, section 4.4). Such a page is partly filled: full ones are never written. Returns
+        False, with no page taken, when too few are free.
         """
-        pages = self._pages[request]
-        index, offset = divmod(request.num_computed, self.page_size)
-        if num_tokens <= len(pages) * self.page_size and (offset == 0 or self.pool.num_owners(pages[index]) == 1):
+        held = self._held[sequence]
+        if self._windows:
+            self._free_passed(sequence, held)
+        index, offset = divmod(sequence.num_computed, self.page_size)
+        end = held.runs[0].end
+        shared = [run for run in held.runs if self.pool.num_owners(run.ids[index - run.first]) > 1] if offset else []
+        missing = max(-(-num_tokens // self.page_size) - end, 0)
+        if not missing and not shared:
             return True  # nearly always
-        copies = offset > 0 and self.pool.num_owners(pages[index]) > 1
-        missing = max(-(-num_tokens // self.page_size) - len(pages), 0)
-        if not self.pool.can_allocate(missing + copies):
+        wanted = missing * len(held.runs) + len(shared)
+        if not self.pool.can_allocate(wanted):
             return False
-        new = self.pool.allocate(missing + copies)
-        blocks = self._block_tables[request.row]
-        if copies:
-            source, target = pages[index], new.pop()
-            pages[index] = blocks[index] = target
-            self._copies[request] = source, target
-            self.pool.free([source])
-        blocks[len(pages) : len(pages) + missing] = new
-        pages.extend(new)
+        new = iter(self.pool.allocate(wanted))
+        for group, run in enumerate(held.runs):
+            if run in shared:
+                source, target = run.ids[index - run.first], next(new)
+                run.ids[index - run.first] = target
+                self._block_tables.write(group, sequence.row, index, [target])
+                self._copies.setdefault(sequence, []).append((source, target))
+                self.pool.free([source])
+            added = [next(new) for _ in range(missing)]
+            self._block_tables.write(group, sequence.row, end, added)
+            run.ids += added
         return True
 
+    def _free_passed(self, sequence: CachedSequence, held: _Held) -> None:
+        """Frees the pages that no token from the next known one on sees. A step under way may still read them: the next one, which may
+        write them, runs after it."""
+        num_computed = self._num_known(sequence)
+        for number, group in self._windows:
+            run = held.runs[number]
+            count = group.first_needed(num_computed) // self.page_size - run.first
+            if count > 0:
+                passed, run.ids = run.ids[:count], run.ids[count:]
+                self._block_tables.write(number, sequence.row, run.first, [NULL_PAGE] * count)
+                run.first += count
+                self.pool.free(passed)
+
+    def _num_known(self, sequence: CachedSequence) -> int:
+        """Returns how many of its tokens are computed and known, so that it may be continued from there."""
+        return min(sequence.num_computed, sequence.num_tokens)
+
     def take_copies(self) -> list[tuple[int, int]]:
-        """The copies that `extend` has promised, in their order, each told once.
+        """Returns the copies that `extend` has promised, in their order, each once.
 
         No copy reads what an earlier one has written; one may write what an earlier one has read.
         """
-        copies = list(self._copies.values())
+        copies = [copy for copies in self._copies.values() for copy in copies]
         self._copies.clear()
         return copies
 
-    def fork(self, request: Sequence, other: Sequence) -> None:
-        """Gives another running request, which has no pages, all pages of this one and their tokens."""
-        pages = self._pages[request]
-        self.pool.fork(pages)
-        self._pages[other] = list(pages)
-        self._num_remembered[other] = self._num_remembered[request]
-        self._block_tables[other.row, : len(pages)] = pages
-        other.num_computed = request.num_computed
-        other.page_keys, other.epoch = list(request.page_keys), request.epoch
+    def fork(self, sequence: CachedSequence, other: CachedSequence) -> None:
+        """Gives another running sequence, which has no pages, all pages of this one and their tokens."""
+        held = self._held[sequence]
+        self.pool.fork(page_id for run in held.runs for page_id in run.ids)
+        self._held[other] = _Held([PageRun(list(run.ids), run.first) for run in held.runs], held.num_named)
+        self._write_tables(other)
+        other.num_computed = sequence.num_computed
+        other.page_keys, other.epoch = list(sequence.page_keys), sequence.epoch
 
-    def find_cached(self, request: Sequence) -> list[int]:
-        """Pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
+    def _write_tables(self, sequence: CachedSequence) -> None:
+        """Writes all pages of a sequence that is new in its row."""
+        for group, run in enumerate(self._held[sequence].runs):
+            self._block_tables.write(group, sequence.row, 0, [NULL_PAGE] * run.first + run.ids)
+
+    # ---- prefixes that are cached
+
+    def find_cached(self, sequence: CachedSequence) -> CachedPrefix:
+        """Returns the pages that hold its first tokens already; never of all its tokens, since the last one's logits are to be computed.
 
         None where the prompt's log-probabilities are wanted, for they are computed with it.
-        Whole pages only: where the last page is cached too, it is computed again into a page of the request's own.
+        Whole pages only: where the last page is cached too, it is computed again into a page of the sequence's own.
         """
-        if request.epoch != self.epoch and not self.swap.num_tokens(request):
-            request.epoch, request.page_keys = self.epoch, []  # all its tokens are computed with the newest weights
-        if not self.enable_prefix_caching or request.scores_prompt or request.epoch == PRIVATE:
-            return []
-        found = []
-        limit = (request.num_tokens - 1) // self.page_size
-        for key in page_keys(request, self.page_size, limit)[:limit]:
-            page_id = self.pool.find(key)
-            if page_id is None:
+        if sequence.epoch != self.epoch and not self.swap.num_tokens(sequence):
+            sequence.epoch, sequence.page_keys = self.epoch, []  # all its tokens are computed with the newest weights
+        if not self.enable_prefix_caching or sequence.scores_prompt or sequence.epoch == PRIVATE:
+            return CachedPrefix(0, tuple(PageRun([]) for _ in self.layout.groups))
+        limit = (sequence.num_tokens - 1) // self.page_size
+        keys = page_keys(sequence, self.page_size, limit)
+        count, runs = limit, list[PageRun]()
+        while len(runs) < self.num_groups:  # each group may shorten what those before it have found
+            group = len(runs)
+            found = self._find_in_group(keys, count, group)
+            if found.end < count and group > 0:
+                count, runs = found.end, []
+            else:
+                count = found.end
+                runs.append(found)
+        return CachedPrefix(count * self.page_size, tuple(runs))
+
+    def _find_in_group(self, keys: list[bytes], limit: int, number: int) -> PageRun:
+        """Returns the longest prefix of at most `limit` pages of which a group has all pages that the next token sees."""
+        group, find = self.layout.groups[number], self.pool.find
+        if group.sliding_window is None:
+            found = []
+            for key in keys[:limit]:
+                if (page_id := find(group_key(key, number))) is None:
+                    break
+                found.append(page_id)
+            return PageRun(found)
+        end, tail = limit, list[int]()  # pages [index, end), the last one first
+        for index in range(limit - 1, -1, -1):
+            if self._first_page(group, end * self.page_size) > index:
                 break
-            found.append(page_id)
-        return found
+            page_id = find(group_key(keys[index], number))
+            if page_id is None:
+                end, tail = index, []
+            else:
+                tail.append(page_id)
+        return PageRun(tail[::-1], end - len(tail))
 
-    def can_start(self, cached: list[int], num_tokens: int, *, more: int = 0) -> bool:
-        """Whether `start` with these cached pages and then `extend` to `num_tokens` would succeed and leave `more` pages."""
-        kept = sum(self.pool.num_owners(page_id) == 0 for page_id in cached)
-        return self.pool.can_allocate(self.num_pages_for(num_tokens) - len(cached) + kept + more)
+    def _first_page(self, group: KVCacheGroup, num_computed: int) -> int:
+        """Returns the index of the first page that tokens from position `num_computed` on see."""
+        return group.first_needed(num_computed) // self.page_size
 
-    def start(self, request: Sequence, cached: list[int]) -> None:
-        """Gives a running request its cached pages, and behind them what is saved of it; their tokens are computed."""
-        self.pool.reuse(cached)
-        pages = self._pages[request] = list(cached)
-        self._num_remembered[request] = len(cached)
-        request.num_computed = len(cached) * self.page_size
-        num_saved = self.swap.num_tokens(request)
-        if num_saved > request.num_computed:
-            pages += self.pool.allocate(self.num_pages_for(num_saved) - len(cached))
-            self.swap.restore(request, len(cached), pages[len(cached) :])
-            request.num_computed = num_saved
+    def can_start(self, cached: CachedPrefix, num_tokens: int, *, more: int = 0) -> bool:
+        """Returns whether `start` with these cached pages and then `extend` to `num_tokens` would succeed and leave `more` pages."""
+        ids = [page_id for run in cached.runs for page_id in run.ids]
+        kept = sum(self.pool.num_owners(page_id) == 0 for page_id in ids)
+        return self.pool.can_allocate(max(self.num_pages_for(num_tokens) - len(ids), 0) + kept + more)
+
+    def start(self, sequence: CachedSequence, cached: CachedPrefix) -> None:
+        """Gives a running sequence its cached pages, and behind them what is saved of it; their tokens are computed."""
+        num_saved = self.swap.num_tokens(sequence)
+        num_computed = max(cached.num_tokens, num_saved)
+        runs = []
+        for group, run in zip(self.layout.groups, cached.runs, strict=True):  # a window may have passed some while it was saved
+            passed = min(max(self._first_page(group, num_computed) - run.first, 0), len(run.ids))
+            runs.append(PageRun(run.ids[passed:], run.first + passed))
+        self.pool.reuse(page_id for run in runs for page_id in run.ids)
+        self._held[sequence] = _Held(runs, cached.num_tokens // self.page_size)
+        if num_saved > cached.num_tokens:
+            self._restore(sequence, runs, num_saved)
         else:
-            self.swap.drop(request)
-        self._block_tables[request.row, : len(pages)] = pages
+            self.swap.drop(sequence)
+        sequence.num_computed = num_computed
+        self._write_tables(sequence)
 
-    def save(self, request: Sequence) -> bool:
-        """Has a running request's computed pages copied to host memory before the coming step, if that pays."""
-        num_tokens = min(request.num_computed, request.num_tokens)
-        pages = self._pages[request][: self.num_pages_for(num_tokens)]
-        if request in self._copies:  # promised to this very step, which will not make it: the contents are still in the source
-            source, target = self._copies[request]
-            pages[pages.index(target)] = source
-        num_shared = next((i for i, page_id in enumerate(pages) if self.pool.num_owners(page_id) < 2), len(pages))
-        return self.swap.save(request, pages, num_tokens, num_shared if self.enable_prefix_caching else 0)
+    def _restore(self, sequence: CachedSequence, runs: Sequence[PageRun], num_tokens: int) -> None:
+        """Adds the saved pages that the cached ones lack."""
+        restored = []
+        for group, run in zip(self.layout.groups, runs, strict=True):
+            if not run.ids:
+                run.first = self._first_page(group, num_tokens)
+            pages = self.pool.allocate(-(-num_tokens // self.page_size) - run.end)
+            restored.append(PageRun(pages, run.end))
+        self.swap.restore(sequence, restored)
+        for run, added in zip(runs, restored, strict=True):
+            run.ids += added.ids
 
-    def remember(self, request: Sequence, num_tokens: int) -> None:
+    # ---- what is kept, and what is freed
+
+    def save(self, sequence: CachedSequence) -> bool:
+        """Has a running sequence's computed pages copied to host memory before the coming step, if that pays."""
+        num_tokens = self._num_known(sequence)
+        end = -(-num_tokens // self.page_size)
+        # A copy promised to this very step, which will not make it: the contents are still in the source.
+        sources = {target: source for source, target in self._copies.get(sequence, ())}
+        runs = []
+        for group, run in zip(self.layout.groups, self._held[sequence].runs, strict=True):
+            first = max(run.first, self._first_page(group, num_tokens))
+            runs.append(PageRun([sources.get(one, one) for one in run.ids[first - run.first : end - run.first]], first))
+        num_shared = 0
+        if self.enable_prefix_caching and not self._windows:
+            num_shared = next((i for i, page_id in enumerate(runs[0].ids) if self.pool.num_owners(page_id) < 2), len(runs[0].ids))
+        return self.swap.save(sequence, runs, num_tokens, num_shared)
+
+    def remember(self, sequence: CachedSequence, num_tokens: int) -> None:
         """Lets others find the full pages of positions `[0, num_tokens)`, which the coming step has computed.
 
         A row of the same step may read them: each layer writes the keys and values of all rows before any row attends.
         """
-        count = num_tokens // self.page_size
-        known = self._num_remembered[request]
-        if count <= known or not self.enable_prefix_caching or request.epoch == PRIVATE:
+        count, held = num_tokens // self.page_size, self._held[sequence]
+        if count <= held.num_named or not self.enable_prefix_caching or sequence.epoch == PRIVATE:
             return
-        keys, pages = page_keys(request, self.page_size, count), self._pages[request]
-        for index in range(known, count):
-            self.pool.remember(pages[index], keys[index])
-        self._num_remembered[request] = count
+        keys = page_keys(sequence, self.page_size, count)
+        for group, run in enumerate(held.runs):
+            for index in range(max(held.num_named, run.first), count):
+                self.pool.remember(run.ids[index - run.first], group_key(keys[index], group))
+        held.num_named = count
 
     def begin_epoch(self) -> None:
-        """Steps run with other weights from now on: nobody finds a page of before, nor what running requests add to theirs.
+        """Steps run with other weights from now on: nobody finds a page of before, nor what running sequences add to theirs.
 
-        What is saved of preempted requests is dropped; they are computed again.
+        What is saved of preempted sequences is dropped; they are computed again.
         """
         self.epoch += 1
         self.pool.forget()
         self.swap.forget()
-        for request in self._pages:
-            request.epoch, request.page_keys = PRIVATE, []
+        for sequence in self._held:
+            sequence.epoch, sequence.page_keys = PRIVATE, []
 
-    def distrust(self, request: Sequence) -> None:
-        """Nobody finds the pages that a request has, or had, to itself any more: they may hold NaN. Those that others share stay theirs."""
+    def distrust(self, sequence: CachedSequence) -> None:
+        """Lets nobody find the pages that a sequence has, or had, to itself: they may hold NaN. Those that others share stay theirs."""
+        keys = [group_key(key, group) for group in range(self.num_groups) for key in sequence.page_keys]
         for pool in (self.pool, self.swap.pool):
-            for page_id in [] if pool is None else map(pool.find, request.page_keys):
+            for page_id in [] if pool is None else map(pool.find, keys):
                 if page_id is not None and pool is not None and pool.num_owners(page_id) <= 1:
                     pool.unname(page_id)
-        request.epoch, request.page_keys = PRIVATE, []
+        sequence.epoch, sequence.page_keys = PRIVATE, []
 
-    def release(self, request: Sequence) -> None:
+    def release(self, sequence: CachedSequence) -> None:
         """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""
-        self.pool.free(reversed(self._pages.pop(request, [])))
-        self._num_remembered.pop(request, None)
-        self._copies.pop(request, None)
+        held = self._held.pop(sequence, None)
+        for run in [] if held is None else held.runs:
+            self.pool.free(reversed(run.ids))
+        self._copies.pop(sequence, None)
 
-    def check(self, running: Iterable[Sequence]) -> None:
+    def check(self, running: Iterable[CachedSequence]) -> None:
         """Proves that every used page is in exactly as many block tables as it has owners."""
         self.pool.check()
         running = set(running)
-        assert set(self._pages) <= running, "a request that does not run owns pages"
-        owners = Counter(page_id for pages in self._pages.values() for page_id in pages)
+        assert set(self._held) <= running, "a sequence that does not run owns pages"
+        owners = Counter(self._owned())
         assert len(owners) == self.pool.num_used, f"{self.pool.num_used} pages are used, but {len(owners)} are owned"
-        for request, pages in self._pages.items():
-            assert len(pages) >= self.num_pages_for(request.num_computed), f"request {request.request_id!r} lacks pages"
-            assert self._block_tables[request.row, : len(pages)].tolist() == pages
+        for sequence, held in self._held.items():
+            for number, (group, run) in enumerate(zip(self.layout.groups, held.runs, strict=True)):
+                assert run.first <= self._first_page(group, self._num_known(sequence)), f"{sequence.request_id!r} lacks pages of its window"
+                assert run.end >= -(-sequence.num_computed // self.page_size), f"{sequence.request_id!r} lacks pages"
+                row = self._block_tables.ids[number, sequence.row, : run.end].tolist()
+                assert row == [NULL_PAGE] * run.first + run.ids
         assert all(self.pool.num_owners(page_id) == count for page_id, count in owners.items())
+
+    def _owned(self) -> Iterator[int]:
+        for held in self._held.values():
+            for run in held.runs:
+                yield from run.ids

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 
+@dataclass(slots=True, eq=False)
+class PageRun:
+    """Pages of one sequence in one group of layers: those with the indices `first`, `first + 1`, … of the sequence.
+
+    Pages before `first` were passed by the group's window, and belong to the sequence no more.
+    """
+
+    ids: list[int]
+    first: int = 0
+
+    @property
+    def end(self) -> int:
+        """Index of the page after the last one."""
+        return self.first + len(self.ids)
+
+
 class PagePool:
     """Pages 0 .. num_pages - 1, each free or owned by one or more sequences (Kwon et al. 2023, section 4.2).
+
+    The first `num_reserved` of them nobody gets.
 
     A page may be given a key that names its contents. A free page with a key keeps both until it is evicted: when no
     page without a key is free, the one that has been free for longest goes first. Every call takes constant time a page.
     """
 
-    def __init__(self, num_pages: int) -> None:
-        if num_pages < 1:
-            raise ValueError(f"num_pages is {num_pages}, but must be >= 1")
+    def __init__(self, num_pages: int, num_reserved: int = 0) -> None:
+        if num_pages <= num_reserved:
+            raise ValueError(f"num_pages is {num_pages}, but must be >= {num_reserved + 1}")
         self.num_pages = num_pages
+        self.num_usable = num_pages - num_reserved
+        """Pages that sequences can have."""
         self._counts = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: page 0 comes first, warm pages again soon
+        self._free = list(range(num_pages - 1, num_reserved - 1, -1))  # a stack: the lowest comes first, warm pages again soon
         self._kept: OrderedDict[int, None] = OrderedDict()  # free pages with a key, the least recently used first
         self._keys: list[Hashable | None] = [None] * num_pages
         self._by_key: dict[Hashable, int] = {}
@@ -34,7 +55,7 @@ class PagePool:
     @property
     def num_used(self) -> int:
         """Pages with at least one owner, each counted once."""
-        return self.num_pages - self.num_free
+        return self.num_usable - self.num_free
 
     def can_allocate(self, count: int) -> bool:
         """Whether `allocate(count)` would succeed."""
@@ -43,7 +64,7 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one owner each; MemoryError, and nothing taken, when there are fewer free."""
         if not self.can_allocate(count):
-            raise MemoryError(f"{count} pages are wanted, but {self.num_free} of {self.num_pages} are free")
+            raise MemoryError(f"{count} pages are wanted, but {self.num_free} of {self.num_usable} are free")
         taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page_id in taken:
             self._counts[page_id] = 1
@@ -149,7 +170,9 @@ class PagePool:
         free = set(listed)
         assert len(free) == len(listed), f"pages free twice: {sorted(p for p in free if listed.count(p) > 1)}"
         assert free <= set(range(self.num_pages)), f"pages that the pool does not have: {sorted(free - set(range(self.num_pages)))}"
-        wrong = [p for p, count in enumerate(self._counts) if (count == 0) != (p in free) or count < 0]
+        usable = range(self.num_pages - self.num_usable, self.num_pages)
+        assert free <= set(usable), f"reserved pages are free: {sorted(free - set(usable))}"
+        wrong = [p for p in usable if (self._counts[p] == 0) != (p in free) or self._counts[p] < 0]
         assert not wrong, f"pages neither free nor owned, or both: {wrong}"
         keyed = {key: page_id for page_id, key in enumerate(self._keys) if key is not None}
         assert keyed == self._by_key, f"keys of pages {keyed}, but pages of keys {self._by_key}"

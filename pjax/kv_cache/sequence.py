@@ -8,7 +8,7 @@ PRIVATE = -1
 """Epoch of a sequence whose pages nobody else may have: it went on with them when the weights were updated, or they may hold NaN."""
 
 
-class Sequence(Protocol):
+class CachedSequence(Protocol):
     """A sequence with tokens to cache; the scheduler's `Request` is one. Hashed by identity."""
 
     request_id: str

@@ -1,20 +1,21 @@
-"""Pages of preempted requests that are kept in host memory: which slot has which, what is to be copied, and whether it pays."""
+"""Pages of preempted sequences that are kept in host memory: which slot has which, what is to be copied, and whether it pays."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pjax.kv_cache.page_pool import PagePool
-from pjax.kv_cache.sequence import Sequence
+from pjax.kv_cache.page_pool import PagePool, PageRun
+from pjax.kv_cache.prefix import group_key
+from pjax.kv_cache.sequence import CachedSequence
 
 MODES = ("auto", "recompute", "swap")
 
 
 @dataclass(slots=True)
 class PreemptionCost:
-    """What it costs to bring a preempted request back, by measured times; 0 is not measured yet.
+    """What it costs to bring a preempted sequence back, by measured times; 0 is not measured yet.
 
     Recomputing costs its tokens times the time of a token in steps that compute prompts. Swapping costs a copy out and one
     back for each page. Both are upper bounds: a recomputed token may fill a step that runs anyhow, and copies run beside
@@ -41,14 +42,18 @@ class PreemptionCost:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    slots: list[int]  # by the index of the page in the request
+    runs: list[PageRun]  # by group of layers; of slots, by the index of the page in the sequence
     num_tokens: int  # whose keys and values they hold
+
+    @property
+    def slots(self) -> list[int]:
+        return [slot for run in self.runs for slot in run.ids]
 
 
 class SwapSpace:
-    """Host slots 0 .. num_slots - 1, each of one page over all layers; counted and found again by key as pages are.
+    """Host slots 0 .. num_slots - 1, each of one page; counted and found again by key as pages are.
 
-    A full page that several requests share is saved once. What is saved is only ever read by whoever owns it or has its key.
+    A full page that several sequences share is saved once. What is saved is only ever read by whoever owns it or has its key.
     """
 
     def __init__(self, num_slots: int, page_size: int, mode: str = "auto") -> None:
@@ -62,26 +67,30 @@ class SwapSpace:
         self.num_restored_pages = 0
         """Copied in since the start."""
         self._page_size = page_size
-        self._saved: dict[Sequence, _Saved] = {}
+        self._saved: dict[CachedSequence, _Saved] = {}
         self._outs: list[tuple[int, int]] = []  # copies of the coming step: page, slot
         self._ins: list[tuple[int, int]] = []  # slot, page
         self._leaving: list[int] = []  # slots that the coming step reads for the last time
 
-    def save(self, request: Sequence, pages: list[int], num_tokens: int, num_shared: int) -> bool:
-        """Has the pages of a request's first `num_tokens` tokens copied out, if that pays and there is room; else nothing.
+    def save(self, sequence: CachedSequence, runs: Sequence[PageRun], num_tokens: int, num_shared: int) -> bool:
+        """Has the pages of a sequence's first `num_tokens` tokens copied out, if that pays and there is room; else nothing.
 
         Args:
-          pages: they must not be written before the copies of the coming step have read them.
+          runs: its pages by group of layers; they must not be written before the copies of the coming step have read them.
           num_shared: pages at the beginning that others own too and that will likely be there when it comes back.
         """
         if self.pool is None or num_tokens == 0:
             return False
-        num_full = min(num_tokens // self._page_size, len(request.page_keys))
-        found = [self.pool.find(key) for key in request.page_keys[:num_full]] + [None] * (len(pages) - num_full)
+        keys = sequence.page_keys[: num_tokens // self._page_size]
+        wanted = [
+            (page, group_key(keys[index], group) if index < len(keys) else None)
+            for group, run in enumerate(runs)
+            for index, page in enumerate(run.ids, run.first)
+        ]
+        found = [None if key is None else self.pool.find(key) for _, key in wanted]
         missing = found.count(None)
-        if self.mode == "auto" and not self.cost.swap_pays(
-            num_tokens - num_shared * self._page_size, missing + max(len(pages) - num_shared, 0)
-        ):
+        num_copies = missing + max(len(wanted) - num_shared, 0)
+        if self.mode == "auto" and not self.cost.swap_pays(num_tokens - num_shared * self._page_size, num_copies):
             return False
         shared = [slot for slot in found if slot is not None]
         self.pool.reuse(shared)
@@ -90,40 +99,42 @@ class SwapSpace:
             return False
         new = iter(self.pool.allocate(missing))
         slots = []
-        for index, (page, slot) in enumerate(zip(pages, found, strict=True)):
+        for (page, key), slot in zip(wanted, found, strict=True):
             if slot is None:
                 slot = next(new)
                 self._outs.append((page, slot))
-                if index < num_full:
-                    self.pool.remember(slot, request.page_keys[index])
+                if key is not None:
+                    self.pool.remember(slot, key)
             slots.append(slot)
         self.num_saved_pages += missing
-        self._saved[request] = _Saved(slots, num_tokens)
+        left = iter(slots)
+        self._saved[sequence] = _Saved([PageRun([next(left) for _ in run.ids], run.first) for run in runs], num_tokens)
         return True
 
-    def num_tokens(self, request: Sequence) -> int:
-        """Tokens whose keys and values are saved; 0 when nothing is."""
-        saved = self._saved.get(request)
+    def num_tokens(self, sequence: CachedSequence) -> int:
+        """Returns tokens whose keys and values are saved; 0 when nothing is."""
+        saved = self._saved.get(sequence)
         return 0 if saved is None else saved.num_tokens
 
-    def restore(self, request: Sequence, first: int, pages: list[int]) -> None:
-        """Has the saved pages from index `first` on copied in, to these pages of the pool; nothing of it stays saved."""
-        saved = self._saved.pop(request)
-        self._ins += zip(saved.slots[first:], pages, strict=True)
-        self.num_restored_pages += len(pages)
+    def restore(self, sequence: CachedSequence, targets: Sequence[PageRun]) -> None:
+        """Has saved pages copied in, to these pages of the pool by group; nothing of the sequence stays saved."""
+        saved = self._saved.pop(sequence)
+        for run, target in zip(saved.runs, targets, strict=True):
+            self._ins += zip(run.ids[target.first - run.first :], target.ids, strict=True)
+            self.num_restored_pages += len(target.ids)
         self._leaving += saved.slots
 
-    def fork(self, request: Sequence, other: Sequence) -> None:
-        """Lets another request have what is saved of this one, instead of what it had itself."""
+    def fork(self, sequence: CachedSequence, other: CachedSequence) -> None:
+        """Lets another sequence have what is saved of this one, instead of what it had itself."""
         self.drop(other)
-        saved = self._saved.get(request)
+        saved = self._saved.get(sequence)
         if saved is not None and self.pool is not None:
             self.pool.fork(saved.slots)
             self._saved[other] = saved
 
-    def drop(self, request: Sequence) -> None:
-        """Frees what is saved of a request, if anything."""
-        saved = self._saved.pop(request, None)
+    def drop(self, sequence: CachedSequence) -> None:
+        """Frees what is saved of a sequence, if anything."""
+        saved = self._saved.pop(sequence, None)
         if saved is not None and self.pool is not None:
             self.pool.free(reversed(saved.slots))
 
@@ -144,23 +155,23 @@ class SwapSpace:
 
     def forget(self) -> None:
         """Nothing is saved any more: contents are lost, or not to be relied on."""
-        for request in list(self._saved):
-            self.drop(request)
+        for sequence in list(self._saved):
+            self.drop(sequence)
         self._free_leaving()
         self._outs, self._ins = [], []
         if self.pool is not None:
             self.pool.forget()
 
-    def check(self, idle: Iterable[Sequence]) -> None:
-        """Proves that every used slot has as many owners as requests, none of which runs, have it saved."""
+    def check(self, idle: Iterable[CachedSequence]) -> None:
+        """Proves that every used slot has as many owners as sequences, none of which runs, have it saved."""
         if self.pool is None:
             assert not self._saved
             return
         self.pool.check()
-        assert set(self._saved) <= set(idle), "something is saved of a request that runs or has ended"
+        assert set(self._saved) <= set(idle), "something is saved of a sequence that runs or has ended"
         owners = Counter(slot for saved in self._saved.values() for slot in saved.slots) + Counter(self._leaving)
         assert len(owners) == self.pool.num_used, f"{self.pool.num_used} slots are used, but {len(owners)} are owned"
         assert all(self.pool.num_owners(slot) == count for slot, count in owners.items())
-        for request, saved in self._saved.items():
-            assert len(saved.slots) == -(-saved.num_tokens // self._page_size)
-            assert saved.num_tokens <= request.num_tokens
+        for sequence, saved in self._saved.items():
+            assert all(run.end == -(-saved.num_tokens // self._page_size) for run in saved.runs)
+            assert saved.num_tokens <= sequence.num_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pjax.errors import InvalidRequestError, UnsupportedError
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.pallas_kernels import RaggedBatch, paged_attention
 from pjax.pallas_kernels.kv_write import WriteTargets, write_targets
 
@@ -69,10 +70,12 @@ class RowContext:
 class PagedContext(RowContext):
     """One step's batch as every layer sees it. Made once a step, outside the layers."""
 
-    batch: RaggedBatch
+    batch: RaggedBatch  # with the block tables of the first group of layers
     positions: jax.Array  # int32 [T]
-    targets: WriteTargets  # of layer 0
+    block_tables: jax.Array  # int32 [groups, S, W]
+    targets: WriteTargets  # of a group's first layer; where there are several groups, each array has an axis of them in front
     num_pages: int  # pages of one layer
+    layout: KVCacheLayout
     backend: str | None = None
 
     @property
@@ -86,19 +89,31 @@ class PagedContext(RowContext):
         batch: RaggedBatch,
         pages: jax.Array,
         num_tokens: int,
-        num_layers: int,
+        layout: KVCacheLayout,
         backend: str | None = None,
         row_values: Mapping[str, jax.Array] | None = None,
+        block_tables: jax.Array | None = None,
     ) -> PagedContext:
-        """For T packed tokens and a pool [L·P, G, 2·K·H]."""
+        """For T packed tokens and a pool [L·P, G, 2·K·H] of `layout.num_layers` layers.
+
+        Args:
+          block_tables: int32 [groups, S, W], one table for each group of the layout; may be left out where there is one group.
+        """
         rows = batch.token_rows(num_tokens)
+        tables = batch.block_tables[None] if block_tables is None else block_tables
+        if tables.shape[0] != len(layout.groups):
+            raise ValueError(f"block_tables has shape {tables.shape}, but must be [groups, S, W] of {len(layout.groups)} groups")
+        write_backend = backend if backend in (None, "native", "tpu") else "xla"
+        targets = [write_targets(replace(batch, block_tables=table), pages, num_tokens, backend=write_backend) for table in tables]
         return cls(
             rows=rows,
             row_values=row_values or {},
             batch=batch,
             positions=batch.token_positions(num_tokens, rows),
-            targets=write_targets(batch, pages, num_tokens, backend=backend if backend in (None, "native", "tpu") else "xla"),
-            num_pages=pages.shape[0] // num_layers,
+            block_tables=tables,
+            targets=targets[0] if len(targets) == 1 else jax.tree.map(lambda *arrays: jnp.stack(arrays), *targets),
+            num_pages=pages.shape[0] // layout.num_layers,
+            layout=layout,
             backend=backend,
         )
 
@@ -109,11 +124,27 @@ class PagedContext(RowContext):
 
         Raises UnsupportedError when the backend that was asked for does not apply an option; the message names both.
         """
-        offset = layer * self.num_pages
-        pages = self.targets.write(pages, k, v, offset)
-        batch = self.batch.offset_pages(offset)
-        attend = partial(paged_attention, q, pages, batch, num_kv_heads=k.shape[1], backend=self.backend)
+        batch, targets, place = self._in_group(layer)
+        offset = place * self.num_pages
+        pages = targets.write(pages, k, v, offset)
+        attend = partial(paged_attention, q, pages, batch.offset_pages(offset), num_kv_heads=k.shape[1], backend=self.backend)
         try:
             return options.apply(layer, attend), pages
         except NotImplementedError as error:
             raise UnsupportedError(str(error)) from error
+
+    def _in_group(self, layer: int | jax.Array) -> tuple[RaggedBatch, WriteTargets, int | jax.Array]:
+        """Returns the batch and the targets of a layer's group, and the layer's place in the group."""
+        places = self.layout.places
+        group: int | jax.Array
+        place: int | jax.Array
+        if isinstance(layer, int):
+            group, place = places[layer]
+        elif len(self.layout.groups) == 1:
+            return self.batch, self.targets, layer
+        else:
+            table = jnp.array([places.get(number, (0, 0)) for number in range(max(places) + 1)], jnp.int32)
+            group, place = table[layer, 0], table[layer, 1]
+        if len(self.layout.groups) == 1:
+            return self.batch, self.targets, place
+        return replace(self.batch, block_tables=self.block_tables[group]), jax.tree.map(lambda array: array[group], self.targets), place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -86,29 +86,58 @@ class WriteShape:
     name: str
 
 
+@dataclass(frozen=True)
+class BlocksShape:
+    """A number of cells of the block tables that a program writes."""
+
+    num_cells: int
+
+    @property
+    def name(self) -> str:
+        """The program's name in a profiler's trace: write_blocks_32."""
+        return f"write_blocks_{self.num_cells}"
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ForwardInput:
-    """All that the forward program takes beside parameters, pages and the token table."""
+    """What the forward program takes beside parameters, pages, block tables and the token table."""
 
     token_ids: jax.Array  # int32 [T]; -1: the host does not know it yet, the token table does
-    rows: jax.Array  # int32 [S]: row of the token table of each row of the batch
-    batch: RaggedBatch
+    rows: jax.Array  # int32 [S]: row of the tables of each row of the batch
+    row_starts: jax.Array  # int32 [S + 1], see RaggedBatch
+    kv_lens: jax.Array  # int32 [S]
+    num_decode: jax.Array  # int32 []
     sample_tokens: jax.Array  # int32 [S]: packed index of the token whose logits are sampled; two samples may share one
     num_samples: jax.Array  # int32 []
-    copies: jax.Array  # int32 [S, 2]: pages to copy before anything is written, from and to
+    copies: jax.Array  # int32 [S · groups, 2]: pages to copy before anything is written, from and to
     num_copies: jax.Array  # int32 []
+    decode_only: bool = field(default=False, metadata={"static": True})
+
+    def batch(self, block_tables: jax.Array) -> RaggedBatch:
+        """Returns the ragged batch, for block tables int32 [S, W]."""
+        return RaggedBatch(self.row_starts, self.kv_lens, block_tables, self.num_decode, decode_only=self.decode_only)
 
 
-def forward_input_struct(bucket: Bucket, table_width: int) -> ForwardInput:
-    """Shapes and types of a bucket's arrays, for block tables [S, W]."""
+def forward_input_struct(bucket: Bucket, num_groups: int = 1) -> ForwardInput:
+    """Shapes and types of a bucket's arrays."""
     rows = bucket.num_rows
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    batch = RaggedBatch(ints(rows + 1), ints(rows), ints(rows, table_width), ints(), decode_only=bucket.decode_only)
-    return ForwardInput(ints(bucket.num_tokens), ints(rows), batch, ints(rows), ints(), ints(rows, 2), ints())
+    return ForwardInput(
+        ints(bucket.num_tokens),
+        ints(rows),
+        ints(rows + 1),
+        ints(rows),
+        ints(),
+        ints(rows),
+        ints(),
+        ints(rows * num_groups, 2),
+        ints(),
+        decode_only=bucket.decode_only,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +151,7 @@ class StepInput:
 
 
 def pack(
-    plan: StepPlan, tokens: Ints, block_tables: Ints, sampling: SamplingTable, bucket: Bucket, rules: RuleTables | None = None
+    plan: StepPlan, tokens: Ints, sampling: SamplingTable, bucket: Bucket, rules: RuleTables | None = None, num_groups: int = 1
 ) -> StepInput:
     """The plan as a bucket's arrays; samples and copies in the plan's order.
 
@@ -130,8 +159,8 @@ def pack(
 
     Args:
       tokens: int32 [rows, max_model_len], every row's tokens; -1 where a step in flight samples it.
-      block_tables: int32 [rows, W].
       rules: as they are on the device; only a plan that is packed for no device does without.
+      num_groups: groups of layers with block tables of their own.
     """
     order = np.arange(len(plan.rows))
     order[: plan.num_decode] = np.argsort(-plan.starts[: plan.num_decode], kind="stable")
@@ -143,8 +172,6 @@ def pack(
     np.cumsum(counts, out=row_starts[1 : num_rows + 1])
     kv_lens = np.zeros(bucket.num_rows, np.int32)
     kv_lens[:num_rows] = starts + counts
-    tables = np.zeros((bucket.num_rows, block_tables.shape[1]), np.int32)
-    tables[:num_rows] = block_tables[rows]
     table_rows = np.zeros(bucket.num_rows, np.int32)
     table_rows[:num_rows] = rows
 
@@ -163,17 +190,19 @@ def pack(
     sample_rows[:num_samples] = plan.sample_rows
     sample_positions = np.zeros(bucket.num_rows, np.int32)
     sample_positions[:num_samples] = kv_lens[sources]
-    copies = np.zeros((bucket.num_rows, 2), np.int32)
+    copies = np.zeros((bucket.num_rows * num_groups, 2), np.int32)
     copies[: len(plan.copies)] = plan.copies
-    batch = RaggedBatch(row_starts, kv_lens, tables, np.int32(plan.num_decode), decode_only=bucket.decode_only)  # type: ignore[arg-type]
     forward = ForwardInput(
         token_ids,  # type: ignore[arg-type]  # numpy in, device arrays inside the programs
         table_rows,  # type: ignore[arg-type]
-        batch,
+        row_starts,  # type: ignore[arg-type]
+        kv_lens,  # type: ignore[arg-type]
+        np.int32(plan.num_decode),  # type: ignore[arg-type]
         sample_tokens,  # type: ignore[arg-type]
         np.int32(num_samples),  # type: ignore[arg-type]
         copies,  # type: ignore[arg-type]
         np.int32(len(plan.copies)),  # type: ignore[arg-type]
+        decode_only=bucket.decode_only,
     )
     sample = SampleInput(
         sample_rows,  # type: ignore[arg-type]

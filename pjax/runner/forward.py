@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.layers.attention import PagedContext
 from pjax.models.sharding import MODEL_AXIS, Shares
 from pjax.runner.batch import ForwardInput
@@ -30,22 +31,27 @@ LOGITS_SPEC = PartitionSpec(None, MODEL_AXIS)
 """How logits are divided over a mesh: each device has those of its own part of the vocabulary."""
 
 
-def make_forward(graph: Any, structure: Any, backend: str | None) -> Callable[..., ForwardOutput]:
-    """The function `(params, pages, tokens, inputs) -> ForwardOutput`.
+def make_forward(graph: Any, structure: Any, layout: KVCacheLayout, backend: str | None) -> Callable[..., ForwardOutput]:
+    """The function `(params, pages, block_tables, tokens, inputs) -> ForwardOutput`.
+
+    Block tables are int32 [groups, rows, W], tokens int32 [rows, max_model_len]: the tables that stay on the device.
 
     Args:
       graph, structure: of the model's NNX graph, and of the tree that `params` are the leaves of.
+      layout: which layers share a page.
       backend: of attention; None takes the platform's.
     """
 
-    def forward(params: Params, pages: jax.Array, tokens: jax.Array, inputs: ForwardInput) -> ForwardOutput:
+    def forward(params: Params, pages: jax.Array, block_tables: jax.Array, tokens: jax.Array, inputs: ForwardInput) -> ForwardOutput:
         model = nnx.merge(graph, jax.tree.unflatten(structure, params))
-        pages = copy_pages(pages, inputs.copies, inputs.num_copies, model.config.num_layers)
-        context = PagedContext.make(inputs.batch, pages, inputs.token_ids.shape[0], model.config.num_layers, backend)
-        hidden, pages = model(known_tokens(inputs, context.positions, tokens), pages, context)
+        pages = copy_pages(pages, inputs.copies, inputs.num_copies, layout.num_layers)
+        tables = block_tables[:, inputs.rows]
+        num_tokens = inputs.token_ids.shape[0]
+        context = PagedContext.make(inputs.batch(tables[0]), pages, num_tokens, layout, backend, block_tables=tables)
+        hidden, pages = model(known_tokens(inputs, context, tokens), pages, context)
         # Of a chunk in the middle of a prompt no row is sampled, and the head has nothing to do.
         logits = model.logits(hidden[inputs.sample_tokens], inputs.num_samples)
-        return pages, logits, None if inputs.batch.decode_only else hidden
+        return pages, logits, None if inputs.decode_only else hidden
 
     return forward
 
@@ -67,7 +73,7 @@ def shard_forward(forward: Callable[..., ForwardOutput], shares: Shares) -> Call
     nothing else (docs/decisions/0009-tensor-parallel.md).
     """
     whole = PartitionSpec()
-    ins, outs = (_param_specs(shares), POOL_SPEC, whole, whole), (POOL_SPEC, LOGITS_SPEC, whole)
+    ins, outs = (_param_specs(shares), POOL_SPEC, whole, whole, whole), (POOL_SPEC, LOGITS_SPEC, whole)
     return jax.shard_map(forward, mesh=shares.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
@@ -84,8 +90,8 @@ def _param_specs(shares: Shares) -> list[PartitionSpec]:
 def jit_forward(forward: Callable[..., ForwardOutput], pool_format: Any, name: str = "forward") -> Any:
     """The forward program, jitted under a name: the pool is given away and comes back in its own place and order."""
 
-    def named(params: Params, pages: jax.Array, tokens: jax.Array, inputs: ForwardInput) -> ForwardOutput:
-        return forward(params, pages, tokens, inputs)
+    def named(params: Params, pages: jax.Array, block_tables: jax.Array, tokens: jax.Array, inputs: ForwardInput) -> ForwardOutput:
+        return forward(params, pages, block_tables, tokens, inputs)
 
     named.__name__ = named.__qualname__ = name
     return jax.jit(named, donate_argnums=1, out_shardings=(pool_format, None, None))
@@ -101,10 +107,24 @@ def jit_score(score: Callable[..., PromptScores], name: str = "score") -> Any:
     return jax.jit(named)
 
 
-def known_tokens(inputs: ForwardInput, positions: jax.Array, tokens: jax.Array) -> jax.Array:
+def known_tokens(inputs: ForwardInput, context: PagedContext, tokens: jax.Array) -> jax.Array:
     """int32 [T]: the packed tokens, those that the host does not know from the table `tokens` [rows, max_model_len]."""
-    rows = jnp.minimum(inputs.batch.token_rows(inputs.token_ids.shape[0]), inputs.rows.shape[0] - 1)
-    return jnp.where(inputs.token_ids < 0, tokens[inputs.rows[rows], positions], inputs.token_ids)
+    rows = jnp.minimum(context.rows, inputs.rows.shape[0] - 1)
+    return jnp.where(inputs.token_ids < 0, tokens[inputs.rows[rows], context.positions], inputs.token_ids)
+
+
+def make_write_blocks(num_cells: int) -> Any:
+    """The jitted function `(block_tables, changes) -> block_tables`, in place.
+
+    `changes` are int32 [num_cells, 2]: flat index of a cell and the page id that it gets; indices past the end are padding.
+    """
+
+    def write_blocks(block_tables: jax.Array, changes: jax.Array) -> jax.Array:
+        flat = block_tables.reshape(-1).at[changes[:, 0]].set(changes[:, 1], mode="drop")
+        return flat.reshape(block_tables.shape)
+
+    write_blocks.__name__ = write_blocks.__qualname__ = f"write_blocks_{num_cells}"
+    return jax.jit(write_blocks, donate_argnums=0)
 
 
 def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_layers: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """A step on its way from rank 0 to the other hosts: what they can't know by themselves, in a few kB.
 
-Each host keeps the sequence table as far as plans have named it. Of block tables only what has changed is sent; of tokens those
-that the step computes; of a request's parameters and rules what its row holds, when it gets the row.
+Each host keeps the sequence table as far as plans have named it, and its devices the block tables. What has changed of those is
+sent; of tokens those that the step computes; of a request's parameters and rules what its row holds, when it gets the row.
 """
 
 from __future__ import annotations
@@ -37,21 +37,13 @@ class NewRow:
 
 
 class Mirror:
-    """The sequence table as the plans so far have shown it; on rank 0 what the others have, on the others what they pack from."""
+    """The sequence table as the plans so far have shown it: what the other hosts pack from."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         self.tokens: Ints = np.zeros((max_num_seqs, max_model_len), np.int32)
-        self.block_tables: Ints = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
 
-    def write(self, plan: StepPlan, tokens: Ints, block_tables: Ints, new_rows: Sequence[NewRow]) -> bytes:
+    def write(self, plan: StepPlan, tokens: Ints, new_rows: Sequence[NewRow]) -> bytes:
         """The message of a step. Arguments as for `ModelRunner.dispatch`."""
-        ends = plan.starts + plan.counts
-        used = -(-int(ends.max()) // self.page_size)
-        wanted = block_tables[plan.rows, :used]
-        at, columns = np.nonzero(wanted != self.block_tables[plan.rows, :used])
-        changed = np.stack([plan.rows[at], columns, wanted[at, columns]], axis=1).astype(np.int32)
-        self.block_tables[plan.rows[at], columns] = changed[:, 2]
         rows, positions = spread(plan)
         arrays: dict[str, npt.NDArray[Any]] = {
             "rows": plan.rows,
@@ -63,7 +55,7 @@ class Mirror:
             "swap_outs": plan.swap_outs,
             "swap_ins": plan.swap_ins,
             "scored": np.array(plan.scored, np.int32),
-            "tables": changed,
+            "blocks": plan.blocks,
             "tokens": tokens[rows, positions],
             # The token after the last one that is computed is scored, too.
             "next": np.array([tokens[plan.rows[index], end] for index, _, end in plan.scored], np.int32),
@@ -76,7 +68,7 @@ class Mirror:
         return encode(STEP, {"rows": [new.row for new in new_rows], "rules": rules} if new_rows else None, arrays)
 
     def read(self, head: dict[str, Any], arrays: Arrays) -> tuple[StepPlan, list[NewRow]]:
-        """The plan of a message, without its requests, and the new rows; the tables then hold what it computes."""
+        """The plan of a message, without its requests, and the new rows; the table then holds what it computes."""
         rows = arrays["rows"]
         late = arrays.get("counts", _NONE)
         num_decode = len(rows) - len(late)
@@ -92,10 +84,9 @@ class Mirror:
             copies=arrays.get("copies", _PAIRS),
             swap_outs=arrays.get("swap_outs", _PAIRS),
             swap_ins=arrays.get("swap_ins", _PAIRS),
+            blocks=arrays.get("blocks", _PAIRS),
             scored=[(int(index), int(start), int(end)) for index, start, end in arrays.get("scored", ())],
         )
-        if (changed := arrays.get("tables")) is not None:
-            self.block_tables[changed[:, 0], changed[:, 1]] = changed[:, 2]
         self.tokens[spread(plan)] = arrays["tokens"]
         for (index, _, end), token in zip(plan.scored, arrays.get("next", ()), strict=True):
             self.tokens[rows[index], end] = token

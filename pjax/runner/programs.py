@@ -15,11 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pjax.runner.batch import Bucket, SampleShape, ScoreShape, WriteShape
+from pjax.runner.batch import BlocksShape, Bucket, SampleShape, ScoreShape, WriteShape
 
 log = logging.getLogger(__name__)
 
-Shape = Bucket | SampleShape | ScoreShape | WriteShape
+Shape = Bucket | SampleShape | ScoreShape | WriteShape | BlocksShape
 """The forward program of a bucket, the sample program of a number of rows, the program that scores a number of prompt tokens, and those
 that write a row of a table."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -17,14 +18,36 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from pjax.errors import ConfigError
 from pjax.hosts.codec import Arrays, encode
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.machine import num_cpus
 from pjax.models import ModelSource
 from pjax.models.sharding import MODEL_AXIS
-from pjax.pallas_kernels.pages import new_pool, page_bytes, pool_format, pool_shape, touching, use_large_pages
+from pjax.pallas_kernels.pages import new_pool, pool_format, pool_shape, touching, use_large_pages
 from pjax.params import MAX_CANDIDATES
-from pjax.runner.batch import Bucket, Ints, SampleShape, ScoreShape, WriteShape, find_bucket, forward_input_struct, make_buckets, pack
+from pjax.runner.batch import (
+    BlocksShape,
+    Bucket,
+    Ints,
+    SampleShape,
+    ScoreShape,
+    WriteShape,
+    find_bucket,
+    forward_input_struct,
+    make_buckets,
+    pack,
+)
 from pjax.runner.executables import Executables
-from pjax.runner.forward import LOGITS_SPEC, POOL_SPEC, jit_forward, jit_score, make_forward, make_score, shard_forward, shard_score
+from pjax.runner.forward import (
+    LOGITS_SPEC,
+    POOL_SPEC,
+    jit_forward,
+    jit_score,
+    make_forward,
+    make_score,
+    make_write_blocks,
+    shard_forward,
+    shard_score,
+)
 from pjax.runner.mirror import COMPILE, Mirror, NewRow
 from pjax.runner.page_copies import PageSwap
 from pjax.runner.programs import Programs, Shape
@@ -41,6 +64,7 @@ from pjax.scheduler.plan import StepPlan
 Floats = npt.NDArray[np.float32]
 SHORT_STEP, FEW_ROWS = 64, 8  # tokens and rows of steps that go without large pages for the pool, unless all was warmed up
 WRITE_RULES, WRITE_TOKENS = WriteShape("write_rules"), WriteShape("write_tokens")
+BLOCK_SIZES = (32, 512, 8192)  # cells of the block tables that one program writes: what a decode step changes, a prompt, a long prefix
 FEW_CORES = 2  # that one compilation keeps busy: the step that is needed first has them to itself
 
 
@@ -49,6 +73,7 @@ class RunnerConfig:
     """Sizes that the device side needs; all checked by the engine."""
 
     num_pages: int  # of one layer
+    layout: KVCacheLayout  # of one device's share of the model
     page_size: int
     max_model_len: int
     max_num_seqs: int
@@ -118,15 +143,18 @@ class ModelRunner:
         if shares is not None:
             pool_sharding = NamedSharding(shares.mesh, POOL_SPEC)
             self._input_sharding = self._tokens_sharding = NamedSharding(shares.mesh, PartitionSpec())
-        num_heads = c.num_kv_heads * (1 if shares is None else shares.size)
-        shape = pool_shape(c.num_layers, config.num_pages, config.page_size, num_heads, c.head_size)
+        layout = config.layout
+        num_heads = layout.num_kv_heads * (1 if shares is None else shares.size)
+        shape = pool_shape(layout.num_layers, config.num_pages, config.page_size, num_heads, layout.head_size)
         self._pool_format = pool_format(pool_sharding)
         self._pool_struct = jax.ShapeDtypeStruct(shape, config.kv_cache_dtype, sharding=self._pool_format)
         tokens_shape = (config.max_num_seqs, config.max_model_len)
         self._tokens_struct = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=self._tokens_sharding)
+        tables_shape = (len(layout.groups), config.max_num_seqs, -(-config.max_model_len // config.page_size))
+        self._tables_struct = jax.ShapeDtypeStruct(tables_shape, jnp.int32, sharding=self._tokens_sharding)
         self._vocab_size, self._shares = model.config.vocab_size, shares
         self._vocabulary = WHOLE if shares is None else Vocabulary(MODEL_AXIS, self._vocab_size)
-        forward = make_forward(model.graph, self._structure, config.attention_backend)
+        forward = make_forward(model.graph, self._structure, layout, config.attention_backend)
         score = make_score(model.graph, self._structure, self._vocabulary)
         self._forward = forward if shares is None else shard_forward(forward, shares)
         self._score = score if shares is None else shard_score(score, shares)
@@ -134,21 +162,23 @@ class ModelRunner:
         facts = (model.graph, self._abstract_params, c, replace(config, num_host_slots=0, logits_processors={}, step_folder=None))
         self._executables = Executables(config.step_folder, *facts)
         # Sampling follows from nothing else of the model: other models find the same programs.
-        self._sample_executables = Executables(config.step_folder, self._vocab_size, tokens_shape)
+        self._sample_executables = Executables(config.step_folder, self._vocab_size, tokens_shape, tables_shape)
         self._has_large_pages = False
         try:
-            self._pages, self._tokens = self._new_pool(), self._new_tokens()
+            self._pages, self._tokens, self._block_tables = self._new_pool(), self._new_tokens(), self._new_tables()
         except (RuntimeError, MemoryError) as error:
-            size = config.num_pages * page_bytes(c.num_layers, config.page_size, c.num_kv_heads, c.head_size, config.kv_cache_dtype)
+            size = config.num_pages * layout.page_bytes(config.page_size, jnp.dtype(config.kv_cache_dtype).itemsize)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
-        self._swap = PageSwap(config.num_host_slots, c.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
+        self._swap = (
+            PageSwap(config.num_host_slots, layout.num_layers, self._pool_struct, self._pool_format) if config.num_host_slots else None
+        )
         self._sampling = SamplingTable(config.max_num_seqs)
         self._rules = empty_tables(config.max_num_seqs, self._vocab_size, self._input_sharding)
         processors = config.logits_processors
         check_processors(processors, [min(bucket.num_rows, ROWS) for bucket in self.buckets], config.max_model_len, self._vocab_size)
         self._processors = {name: index for index, name in enumerate(processors)}
         self.programs = Programs(self._compile)
-        self._mirror = Mirror(config.max_num_seqs, config.max_model_len, config.page_size)
+        self._mirror = Mirror(config.max_num_seqs, config.max_model_len)
         self.announce: Callable[[bytes], AbstractContextManager[None]] | None = None
         """Called with each step's message; inside of what it gives the step is dispatched. Other hosts run it too, by `follow`."""
 
@@ -167,32 +197,32 @@ class ModelRunner:
         assert self._params is not None, "weights are given before anything runs"
         return self._params
 
-    def dispatch(self, plan: StepPlan, tokens: Ints, block_tables: Ints) -> InFlight:
+    def dispatch(self, plan: StepPlan, tokens: Ints) -> InFlight:
         """Starts a step and does not wait for it. Steps run one after the other, in the order of their dispatch.
 
         Args:
-          tokens: int32 [rows, max_model_len], block_tables: int32 [rows, W]: the scheduler's tables. They may change as soon as
-            this returns.
+          tokens: int32 [rows, max_model_len], the scheduler's table. It may change as soon as this returns.
         """
         new_rows = [made for request in plan.sampled if (made := self._new_row(request)) is not None]
         if self.announce is None:
-            return self._start(plan, tokens, block_tables, new_rows)
-        with self.announce(self._mirror.write(plan, tokens, block_tables, new_rows)):
-            return self._start(plan, tokens, block_tables, new_rows)
+            return self._start(plan, tokens, new_rows)
+        with self.announce(self._mirror.write(plan, tokens, new_rows)):
+            return self._start(plan, tokens, new_rows)
 
     def follow(self, head: dict[str, Any], arrays: Arrays) -> InFlight:
         """Starts the step of another host's message, which every host must do in the same order."""
         plan, new_rows = self._mirror.read(head, arrays)
         for new in new_rows:
             self._sampling.floats[new.row], self._sampling.ints[new.row] = new.floats, new.ints
-        return self._start(plan, self._mirror.tokens, self._mirror.block_tables, new_rows)
+        return self._start(plan, self._mirror.tokens, new_rows)
 
-    def _start(self, plan: StepPlan, tokens: Ints, block_tables: Ints, new_rows: Sequence[NewRow]) -> InFlight:
+    def _start(self, plan: StepPlan, tokens: Ints, new_rows: Sequence[NewRow]) -> InFlight:
         self._write_rows(new_rows)
+        self._write_blocks(plan.blocks)
         num_samples = len(plan.sample_rows)
         num_rows = max(len(plan.rows), num_samples)
         bucket = self._bucket_for(plan, num_rows)
-        inputs = pack(plan, tokens, block_tables, self._sampling, bucket, self._rules)
+        inputs = pack(plan, tokens, self._sampling, bucket, self._rules, len(self.config.layout.groups))
         if num_samples:
             self.prefetch(bucket)  # both at once, where they are missing
         forward = self.programs.get(bucket)
@@ -206,7 +236,7 @@ class ModelRunner:
                 self._pages = self._swap.apply(self._pages, plan.swap_outs, plan.swap_ins)
             finally:
                 self.programs.is_waiting = False
-        self._pages, logits, hidden = forward(self._params, self._pages, self._tokens, inputs.forward)
+        self._pages, logits, hidden = forward(self._params, self._pages, self._block_tables, self._tokens, inputs.forward)
         sampled = prompt = None
         if sample is not None:
             self._tokens, sampled = sample(logits, self._tokens, inputs.sample)
@@ -256,6 +286,15 @@ class ModelRunner:
                 known[: len(new.known)] = new.known
                 self._tokens = self.programs.get(WRITE_TOKENS)(self._tokens, row, known)
 
+    def _write_blocks(self, changes: Ints) -> None:
+        """Cells of the block tables, on the device: what a plan has changed, not the tables of its rows."""
+        while len(changes):
+            size = next((size for size in BLOCK_SIZES if size >= len(changes)), BLOCK_SIZES[-1])
+            padded = np.full((size, 2), math.prod(self._tables_struct.shape), np.int32)
+            padded[: len(changes)] = changes[:size]
+            self._block_tables = self.programs.get(BlocksShape(size))(self._block_tables, padded)
+            changes = changes[size:]
+
     def fetch(self, step: InFlight) -> StepResult:
         """Waits for a step's tokens. An exception of the device comes here."""
         step.wait()
@@ -275,9 +314,9 @@ class ModelRunner:
         if self._swap is not None:
             self._swap.forget()
         try:
-            jax.block_until_ready((self._pages, self._tokens))
+            jax.block_until_ready((self._pages, self._tokens, self._block_tables))
         except RuntimeError:
-            self._pages, self._tokens = self._new_pool(), self._new_tokens()
+            self._pages, self._tokens, self._block_tables = self._new_pool(), self._new_tokens(), self._new_tables()
             return True
         return False
 
@@ -295,6 +334,9 @@ class ModelRunner:
 
     def _new_tokens(self) -> jax.Array:
         return zeros(self._tokens_struct.shape, jnp.int32, self._tokens_sharding)
+
+    def _new_tables(self) -> jax.Array:
+        return zeros(self._tables_struct.shape, jnp.int32, self._tokens_sharding)
 
     def warmup(self, buckets: Iterable[Bucket] | None = None, *, progress: bool = True) -> None:
         """Compiles the programs of `buckets` (all by default) with a progress bar; a CPU's pool gets its memory meanwhile."""
@@ -322,7 +364,7 @@ class ModelRunner:
         buckets = list(buckets)
         samples = dict.fromkeys(SampleShape(bucket.num_rows) for bucket in buckets)
         scores = (ScoreShape(bucket.num_tokens) for bucket in buckets if not bucket.decode_only)
-        return [*buckets, *samples, WRITE_RULES, WRITE_TOKENS, *scores]
+        return [*buckets, *samples, *map(BlocksShape, BLOCK_SIZES), WRITE_RULES, WRITE_TOKENS, *scores]
 
     def measure_swap(self) -> tuple[int, float] | None:
         """A number of pages and the seconds that copying so many one way takes; None without host memory for them."""
@@ -356,14 +398,17 @@ class ModelRunner:
             return self._lower_forward(shape).compile()
         if isinstance(shape, SampleShape):
             return self._lower_sample(shape).compile()
+        if isinstance(shape, BlocksShape):
+            changes = self._placed(jax.ShapeDtypeStruct((shape.num_cells, 2), jnp.int32))
+            return make_write_blocks(shape.num_cells).lower(self._tables_struct, changes).compile()
         return (self._lower_score(shape) if isinstance(shape, ScoreShape) else self._lower_write(shape)).compile()
 
     def _lower_forward(self, bucket: Bucket) -> Any:
         return jit_forward(self._forward, self._pool_format, bucket.name).lower(*self._forward_structs(bucket))
 
     def _forward_structs(self, bucket: Bucket) -> tuple[Any, ...]:
-        inputs = self._placed(forward_input_struct(bucket, -(-self.config.max_model_len // self.config.page_size)))
-        return self._abstract_params, self._pool_struct, self._tokens_struct, inputs
+        inputs = self._placed(forward_input_struct(bucket, len(self.config.layout.groups)))
+        return self._abstract_params, self._pool_struct, self._tables_struct, self._tokens_struct, inputs
 
     def _lower_sample(self, shape: SampleShape) -> Any:
         shares, most = self._shares, min(MAX_CANDIDATES, self._vocab_size)

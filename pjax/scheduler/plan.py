@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from pjax.scheduler.request import Request
 
+NO_BLOCKS = np.zeros((0, 2), np.int32)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -28,9 +30,13 @@ class StepPlan:
     sampled: list[Request]
     sample_rows: npt.NDArray[np.int32]  # [m], rows of the sequence table
     sample_sources: npt.NDArray[np.int32]  # [m], rows of the plan
-    copies: npt.NDArray[np.int32]  # [c, 2], c <= n: pages to be copied, from and to, one after the other, before anything is written
+    copies: npt.NDArray[
+        np.int32
+    ]  # [c, 2], c <= n · groups of layers: pages to be copied, from and to, one after the other, before anything is written
     swap_outs: npt.NDArray[np.int32]  # [o, 2]: pages to be copied to host slots, before all else
     swap_ins: npt.NDArray[np.int32]  # [i, 2]: host slots to be copied to pages, then
+    blocks: npt.NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)
+    """[b, 2]: cells of the flat block tables [groups, rows, W] that have changed since the last plan, and the page ids that they hold."""
     scored: list[tuple[int, int, int]] = field(default_factory=list)
     """Row of the plan, first and last + 1 position of the prompt tokens whose next token's log-probability is wanted."""
 
@@ -41,6 +47,7 @@ class StepPlan:
         copies: Sequence[tuple[int, int]],
         swap_outs: Sequence[tuple[int, int]] = (),
         swap_ins: Sequence[tuple[int, int]] = (),
+        blocks: npt.NDArray[np.int32] = NO_BLOCKS,
     ) -> StepPlan:
         """The plan that computes so many of each request's next tokens."""
         ordered = sorted(given, key=attrgetter("rank"))  # nearly in order already
@@ -69,6 +76,7 @@ class StepPlan:
             copies=np.array(copies, np.int32).reshape(-1, 2),
             swap_outs=np.array(swap_outs, np.int32).reshape(-1, 2),
             swap_ins=np.array(swap_ins, np.int32).reshape(-1, 2),
+            blocks=blocks,
             scored=[span for index, request in enumerate(requests) if (span := _scored(index, request, counts[index]))],
         )
 

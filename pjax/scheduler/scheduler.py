@@ -26,7 +26,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pjax.errors import ConfigError, InvalidRequestError
-from pjax.kv_cache.kv_manager import KVManager
+from pjax.kv_cache.block_tables import BlockTables
+from pjax.kv_cache.kv_manager import CachedPrefix, KVManager
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.kv_cache.page_pool import PagePool
 from pjax.kv_cache.swap_space import SwapSpace
 from pjax.scheduler.beam_search import Candidates
@@ -53,6 +55,7 @@ class Scheduler:
         seconds_per_priority: float = 60.0,
         num_host_slots: int = 0,
         preemption_mode: str = "auto",
+        layout: KVCacheLayout | None = None,
     ) -> None:
         for name, value in (
             ("num_pages", num_pages),
@@ -66,10 +69,14 @@ class Scheduler:
             raise ConfigError(f"max_num_batched_tokens is {max_num_batched_tokens}, but must be >= max_num_seqs {max_num_seqs}")
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.pool = PagePool(num_pages)
-        self.table = SequenceTable(max_num_seqs, max_model_len, page_size)
+        layout = layout or KVCacheLayout.uniform(1)
+        self.pool = PagePool(num_pages, layout.num_reserved)
+        self.table = SequenceTable(max_num_seqs, max_model_len)
+        self.block_tables = BlockTables(len(layout.groups), max_num_seqs, -(-max_model_len // page_size))
         swap = SwapSpace(num_host_slots, page_size, preemption_mode)
-        self.kv = KVManager(self.pool, self.table.block_tables, page_size, swap, enable_prefix_caching=enable_prefix_caching)
+        self.kv = KVManager(
+            self.pool, self.block_tables, page_size, swap, layout, max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching
+        )
         self._most_short = (max_num_batched_tokens - max_num_seqs) // SHORT_SHARE  # there is room for them though all rows decode
         self.sequences = Lifecycle(self.table, self.kv, seconds_per_priority, self._most_short)
         self._num_in_flight = 0  # steps planned and not committed
@@ -121,10 +128,10 @@ class Scheduler:
         # The last token is sampled, never computed: it needs no slot.
         most = min(num_prompt + request.max_tokens, self.max_model_len) - 1
         needed = self.kv.num_pages_for(most)
-        if needed > self.pool.num_pages:
+        if needed > self.pool.num_usable:
             raise InvalidRequestError(
                 f"prompt and max_tokens need {needed} pages ({num_prompt} + {request.max_tokens} tokens), "
-                f"but the page pool has {self.pool.num_pages} {where}"
+                f"but the page pool has {self.pool.num_usable} {where}"
             )
 
     def abort(self, request_id: str) -> bool:
@@ -207,7 +214,7 @@ class Scheduler:
 
     def _launch(self, given: dict[Request, int]) -> StepPlan:
         """The plan; from here on its tokens count as computed, and those that it samples as under way."""
-        plan = StepPlan.make(given, self.kv.take_copies(), *self.kv.swap.take())
+        plan = StepPlan.make(given, self.kv.take_copies(), *self.kv.swap.take(), self.block_tables.take_changes())
         self._num_in_flight += 1
         for request, count in given.items():
             request.num_computed += count
@@ -225,15 +232,19 @@ class Scheduler:
         waiting, taken = self.sequences.waiting, 0
         if sum(count for _, count in prefill) + waiting.first.num_tokens <= budget:
             return 0
-        room = sum(self.kv.num_pages_for(count) + 2 for _, count in prefill)  # of the rows' prompts, and a page each to be copied
+        room = sum(
+            self.kv.num_pages_for(count) + 2 * self.kv.num_groups for _, count in prefill
+        )  # of the rows' prompts, and a page each to be copied
         priority = min((request.priority for request, _ in prefill), default=waiting.first.priority)
         while waiting.short and (request := waiting.short.first).priority <= min(priority, waiting.first.priority):
             cached = self.kv.find_cached(request)
-            count = request.num_tokens - len(cached) * self.kv.page_size
-            num_rows, num_pages = len(request.followers) + 1, len(request.followers) + room
+            count = request.num_tokens - cached.num_tokens
+            num_rows, num_pages = len(request.followers) + 1, len(request.followers) * self.kv.num_groups + room
             if request is not (first := waiting.first):
                 num_rows += len(first.followers) + 1
-                num_pages += len(first.followers) + self.kv.num_pages_for(min(first.num_tokens + 1, self.max_model_len))
+                num_pages += len(first.followers) * self.kv.num_groups + self.kv.num_pages_for(
+                    min(first.num_tokens + 1, self.max_model_len)
+                )
             if request.num_in_flight or taken + count > budget // SHORT_SHARE or self.table.num_free_rows < num_rows:
                 break
             if not self.kv.can_start(cached, min(request.num_tokens + 1, self.max_model_len), more=num_pages):
@@ -241,7 +252,7 @@ class Scheduler:
             taken += self._start(given, request, cached, count, now)
         return taken
 
-    def _start(self, given: dict[Request, int], request: Request, cached: list[int], budget: int, now: float) -> int:
+    def _start(self, given: dict[Request, int], request: Request, cached: CachedPrefix, budget: int, now: float) -> int:
         """Admits a request, whose pages are there; how many tokens of the budget it takes."""
         self.sequences.start(request, cached, now)
         count = min(budget, request.num_tokens - request.num_computed)
@@ -260,7 +271,7 @@ class Scheduler:
             # is left every running row has its pages already.
             most = min(request.num_tokens + 1, self.max_model_len)
             cached = self.kv.find_cached(request)
-            if not self.kv.can_start(cached, most, more=len(request.followers)) and self.sequences.running:
+            if not self.kv.can_start(cached, most, more=len(request.followers) * self.kv.num_groups) and self.sequences.running:
                 break
             budget -= self._start(given, request, cached, budget, now)
 

@@ -9,15 +9,11 @@ UNKNOWN = -1  # a token that a step under way samples
 
 
 class SequenceTable:
-    """`tokens` int32 [rows, max_model_len] and `block_tables` int32 [rows, W], W = ceil(max_model_len / page_size).
+    """`tokens` int32 [rows, max_model_len]. The scheduler writes them; the runner reads the rows and columns that a plan names."""
 
-    The scheduler and the KV manager write them; the runner reads the rows and columns that a plan names.
-    """
-
-    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         self.max_model_len = max_model_len
         self.tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len), np.int32)
-        self.block_tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // page_size)), np.int32)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._is_free = bytearray(b"\1" * max_num_seqs)
 

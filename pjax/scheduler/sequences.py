@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pjax.kv_cache.kv_manager import KVManager
+from pjax.kv_cache.kv_manager import CachedPrefix, KVManager
 from pjax.scheduler.beam_search import BeamSearch, Candidates
 from pjax.scheduler.plan import StepPlan
 from pjax.scheduler.queues import RemovableHeap, RunningQueue, WaitingQueue
@@ -47,7 +47,7 @@ class Lifecycle:
                 follower.status = RequestStatus.FOLLOWING
             self.waiting.enqueue(leader)
 
-    def start(self, request: Request, cached: list[int], now: float) -> None:
+    def start(self, request: Request, cached: CachedPrefix, now: float) -> None:
         """Makes a waiting one run, on these cached pages."""
         self.waiting.remove(request)
         for sequence in (request, *request.followers):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pjax.kv_cache.layout import make_layout, specs_of
 from pjax.models import llama
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
 from pjax.runner.batch import Bucket, forward_input_struct
@@ -31,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted program in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, token table, inputs."""
+    """The jitted program in bfloat16, and structs of its arguments: parameters, a pool of POOL_BYTES, block tables, token table, inputs."""
     config = llama.Config.from_hf(MODELS[model] | {"model_type": "llama", "max_position_embeddings": 8192})
     graph, abstract = nnx.split(nnx.eval_shape(lambda: llama.Model(config, dtype="bfloat16", layer_mode=mode)))
     leaves, structure = jax.tree.flatten(abstract)
@@ -44,5 +45,7 @@ def make(model: str, mode: str, bucket: Bucket, sharding: Any, backend: str) -> 
     order: Any = pool_format(sharding)
     pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
     tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, 8192), jnp.int32))
-    inputs = jax.tree.map(placed, forward_input_struct(bucket, 8192 // PAGE_SIZE))
-    return jit_forward(make_forward(graph, structure, backend), order), (list(map(placed, leaves)), pool, tokens, inputs)
+    tables = placed(jax.ShapeDtypeStruct((1, bucket.num_rows, 8192 // PAGE_SIZE), jnp.int32))
+    inputs = jax.tree.map(placed, forward_input_struct(bucket))
+    forward = make_forward(graph, structure, make_layout(specs_of(config), 8192), backend)
+    return jit_forward(forward, order), (list(map(placed, leaves)), pool, tables, tokens, inputs)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pjax.kv_cache.layout import make_layout, specs_of
 from pjax.models import gpt_neox, llama
 from pjax.models.sharding import MODEL_AXIS, Shares, divide
 from pjax.pallas_kernels.pages import page_bytes, pool_format, pool_shape
@@ -51,11 +52,12 @@ def make(
     order: Any = pool_format(NamedSharding(mesh, POOL_SPEC))
     shape = pool_shape(own.num_layers, num_pages, PAGE_SIZE, own.num_kv_heads * shares.size, own.head_size)
 
-    forward = make_forward(shares.graph, structure, backend)
+    forward = make_forward(shares.graph, structure, make_layout(specs_of(own), MAX_LEN), backend)
     tokens = placed(jax.ShapeDtypeStruct((bucket.num_rows, MAX_LEN), jnp.int32), mesh)
     pool = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=order)
-    inputs = jax.tree.map(lambda struct: placed(struct, mesh), forward_input_struct(bucket, MAX_LEN // PAGE_SIZE))
-    return jit_forward(shard_forward(forward, shares), order), (leaves, pool, tokens, inputs), shares
+    tables = placed(jax.ShapeDtypeStruct((1, bucket.num_rows, MAX_LEN // PAGE_SIZE), jnp.int32), mesh)
+    inputs = jax.tree.map(lambda struct: placed(struct, mesh), forward_input_struct(bucket))
+    return jit_forward(shard_forward(forward, shares), order), (leaves, pool, tables, tokens, inputs), shares
 
 
 def make_scoring(shares: Shares, vocab_size: int, hidden_size: int, num_tokens: int) -> tuple[Any, tuple[Any, ...]]:

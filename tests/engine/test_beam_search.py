@@ -165,7 +165,7 @@ def test_the_prompt_is_computed_once_and_pages_are_shared(llm: LLM) -> None:
         plan = engine.scheduler.schedule()
         tokens += plan.num_tokens
         most = max(most, engine.scheduler.pool.num_used)
-        result = engine.runner.fetch(engine.runner.dispatch(plan, engine.scheduler.table.tokens, engine.scheduler.table.block_tables))
+        result = engine.runner.fetch(engine.runner.dispatch(plan, engine.scheduler.table.tokens))
         engine.scheduler.commit(plan, result.tokens, 0.0, (result.top_tokens, result.top_logprobs))
         engine.scheduler.check()
     engine.abort_request(request_id)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from pjax.errors import InvalidRequestError, UnsupportedError
+from pjax.kv_cache.layout import KVCacheLayout
 from pjax.layers.attention import LayerOptions, PagedContext
 from pjax.layers.stack import LayerStack
 from pjax.models.dense import DenseContext
@@ -61,7 +62,9 @@ def paged(num_tokens: int, num_real: int, backend: str | None = None, **options:
     """A step of one row, of a sequence that begins with it, and its pool."""
     starts, lens, table = jnp.array([0, num_real], jnp.int32), jnp.array([num_real], jnp.int32), jnp.arange(1, 4, dtype=jnp.int32)[None]
     pool = jnp.zeros(pool_shape(LAYERS, 5, 8, 1, HEAD_SIZE), jnp.float32)
-    return PagedContext.make(RaggedBatch(starts, lens, table, jnp.int32(0)), pool, num_tokens, LAYERS, backend, **options), pool
+    return PagedContext.make(
+        RaggedBatch(starts, lens, table, jnp.int32(0)), pool, num_tokens, KVCacheLayout.uniform(LAYERS), backend, **options
+    ), pool
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,7 +103,7 @@ def test_a_choice_of_options_copies_no_pages() -> None:
     batch = RaggedBatch(jnp.array([0, 10]), jnp.array([10]), jnp.arange(3)[None], jnp.int32(0))
 
     def run(x: jax.Array, pool: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return stack(x, pool, PagedContext.make(batch, pool, 12, LAYERS))
+        return stack(x, pool, PagedContext.make(batch, pool, 12, KVCacheLayout.uniform(LAYERS)))
 
     x = jax.ShapeDtypeStruct((12, NUM_HEADS * HEAD_SIZE), jnp.float32)
     memory = jax.jit(run, donate_argnums=1).lower(x, pool).compile().memory_analysis()
@@ -121,14 +124,14 @@ def test_what_is_known_of_rows_reaches_every_layer(mode: str) -> None:
     pool = jnp.zeros(pool_shape(2, 3, 8, 1, 8), jnp.float32)
 
     def run(slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-        context = PagedContext.make(batch, pool, 8, 2, row_values={"slot": slots})
+        context = PagedContext.make(batch, pool, 8, KVCacheLayout.uniform(2), row_values={"slot": slots})
         return context.rows, LayerStack(Adding, 2, mode=mode)(jnp.zeros((8, 1), jnp.int32), pool, context)[0][:, 0]
 
     rows, found = jax.jit(run)(jnp.array([7, 0, 100, 5], jnp.int32))
     np.testing.assert_array_equal(rows, [0, 1, 1, 1, 3, 3, 4, 4])
     np.testing.assert_array_equal(found, [21, 0, 0, 0, 15, 15, -3, -3])
     with pytest.raises(InvalidRequestError, match=r"row value is 'slot', but must be one of \(none in this step\)"):
-        PagedContext.make(batch, pool, 8, 2).token_values("slot")
+        PagedContext.make(batch, pool, 8, KVCacheLayout.uniform(2)).token_values("slot")
 
 
 def test_row_values_that_no_layer_uses_are_not_in_the_program() -> None:
@@ -138,7 +141,7 @@ def test_row_values_that_no_layer_uses_are_not_in_the_program() -> None:
         def run(x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
             values = dict.fromkeys(row_values, slots)
             batch = RaggedBatch(jnp.array([0, 10]), jnp.array([10]), jnp.arange(3)[None], jnp.int32(0))
-            return stack_of("loop", None)(x, pool, PagedContext.make(batch, pool, 12, LAYERS, row_values=values))[0]
+            return stack_of("loop", None)(x, pool, PagedContext.make(batch, pool, 12, KVCacheLayout.uniform(LAYERS), row_values=values))[0]
 
         pool = jax.ShapeDtypeStruct(pool_shape(LAYERS, 5, 8, 1, HEAD_SIZE), jnp.float32)
         arguments = jax.ShapeDtypeStruct((12, NUM_HEADS * HEAD_SIZE), jnp.float32), pool, jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from pjax.kv_cache.layout import make_layout, specs_of
 from pjax.models import open_model
 from pjax.models.sharding import make_mesh
 from pjax.pallas_kernels import RaggedBatch, paged_attention
@@ -32,7 +33,7 @@ def test_two_sums_a_layer_and_no_other_collective(tmp_path: Path, family: str) -
     hf.make(tmp_path, family, num_hidden_layers=layers)
     source = open_model(tmp_path, dtype="float32", layer_mode="unroll", mesh=make_mesh(size))
     sizes = {"num_pages": 8, "page_size": 4, "max_model_len": 32, "max_num_seqs": rows, "max_num_batched_tokens": tokens}
-    runner = ModelRunner(source, RunnerConfig(**sizes, kv_cache_dtype="float32"))
+    runner = ModelRunner(source, RunnerConfig(**sizes, layout=make_layout(specs_of(source.own_config), 32), kv_cache_dtype="float32"))
     found = collectives(runner.programs.get(Bucket(False, tokens, rows)).as_text())
     assert found == [("all-reduce", (tokens, hidden))] * (2 * layers + 1)
     rest = [one for shape in (SampleShape(rows), ScoreShape(tokens)) for one in collectives(runner.programs.get(shape).as_text())]

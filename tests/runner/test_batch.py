@@ -79,23 +79,23 @@ def make_plan(rows: list[Row], copies: Copies = ()) -> StepPlan:
     )
 
 
-def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, copies: Copies = ()) -> dict[str, Any]:
+def pack_rows(rows: list[Row], tokens: Any, bucket: Bucket, copies: Copies = ()) -> dict[str, Any]:
     """`pack` as the runner calls it; the arrays by name, as lists."""
     plan = make_plan(rows, copies)
     table = SamplingTable(len(tokens))
     for row, request in zip(rows, plan.requests, strict=True):
         table.set(row.table_row, request, row.params, row.seed)
-    packed = pack(plan, tokens, block_tables, table, bucket)
+    packed = pack(plan, tokens, table, bucket)
     for array in jax.tree.leaves(packed):
         assert array.dtype in (np.int32, np.uint32, np.float32), "else the compiled step would not take it"
     forward, sample = packed.forward, packed.sample
-    assert forward.batch.decode_only == bucket.decode_only
+    assert forward.decode_only == bucket.decode_only
     named = {
         "token_ids": forward.token_ids,
-        "row_starts": forward.batch.row_starts,
-        "kv_lens": forward.batch.kv_lens,
-        "block_tables": forward.batch.block_tables,
-        "num_decode": forward.batch.num_decode,
+        "row_starts": forward.row_starts,
+        "kv_lens": forward.kv_lens,
+        "rows": forward.rows,
+        "num_decode": forward.num_decode,
         "sample_tokens": forward.sample_tokens,
         "sample_positions": sample.positions,
         "num_samples": forward.num_samples,
@@ -108,17 +108,17 @@ def pack_rows(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, c
     return out
 
 
-def pack_slowly(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket, copies: Copies) -> dict[str, Any]:
+def pack_slowly(rows: list[Row], tokens: Any, bucket: Bucket, copies: Copies) -> dict[str, Any]:
     """One token after the other: rows of one token first, longest first, then the others as they come."""
     indexed = sorted(enumerate(rows), key=lambda item: (item[1].count > 1, -item[1].start if item[1].count == 1 else 0))
-    out: dict[str, Any] = {name: [] for name in ("token_ids", "kv_lens", "block_tables", "sample_tokens", "sample_positions", "sampling")}
+    out: dict[str, Any] = {name: [] for name in ("token_ids", "kv_lens", "rows", "sample_tokens", "sample_positions", "sampling")}
     out["row_starts"], last = [0], {}
     for index, row in indexed:
         for position in range(row.start, row.start + row.count):
             out["token_ids"].append(int(tokens[row.table_row, position]))
         out["row_starts"].append(len(out["token_ids"]))
         out["kv_lens"].append(row.start + row.count)
-        out["block_tables"].append(block_tables[row.table_row].tolist())
+        out["rows"].append(row.table_row)
         last[index] = len(out["token_ids"]) - 1
     for index, row in enumerate(rows):  # samples are in the plan's order
         for _ in range(row.num_samples):
@@ -128,8 +128,8 @@ def pack_slowly(rows: list[Row], tokens: Any, block_tables: Any, bucket: Bucket,
     out["num_decode"] = sum(row.count == 1 for row in rows)
     out["num_samples"] = len(out["sampling"])
     out["copies"], out["num_copies"] = [list(copy) for copy in copies] + [[0, 0]] * (bucket.num_rows - len(copies)), len(copies)
-    width, used = block_tables.shape[1], len(out["token_ids"])
-    fill = {"kv_lens": 0, "block_tables": [0] * width, "sample_tokens": 0, "sample_positions": 0, "sampling": PADDING}
+    used = len(out["token_ids"])
+    fill = {"kv_lens": 0, "rows": 0, "sample_tokens": 0, "sample_positions": 0, "sampling": PADDING}
     for name, value in fill.items():
         out[name] += [value] * (bucket.num_rows - len(out[name]))
     out["token_ids"] += [0] * (bucket.num_tokens - used)
@@ -148,12 +148,10 @@ sampling_params = st.builds(
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int, list[tuple[int, int]]]:
-    """Rows as the scheduler orders them, the tables of all rows, max_num_seqs, and copies."""
-    max_num_seqs, page_size, length = draw(st.integers(1, 9)), draw(st.integers(1, 5)), 40
+def plans(draw: st.DrawFn) -> tuple[list[Row], Any, int, list[tuple[int, int]]]:
+    """Rows as the scheduler orders them, the tokens of all rows, max_num_seqs, and copies."""
+    max_num_seqs, length = draw(st.integers(1, 9)), 40
     tokens = np.arange(max_num_seqs * length, dtype=np.int32).reshape(max_num_seqs, length) + 1
-    width = -(-length // page_size)
-    block_tables = np.arange(max_num_seqs * width, dtype=np.int32).reshape(max_num_seqs, width)[::-1] + 7
     rows: list[Row] = []
     for table_row in draw(st.permutations(range(max_num_seqs)))[: draw(st.integers(1, max_num_seqs))]:
         count = draw(st.sampled_from([1, 1, 1, 2, 5, 16]))
@@ -162,32 +160,31 @@ def plans(draw: st.DrawFn) -> tuple[list[Row], Any, Any, int, list[tuple[int, in
         samples = min(draw(st.sampled_from([0, 1, 1, 1, 3])), room)
         rows.append(Row(table_row, start, count, samples, draw(sampling_params), draw(st.integers(0, 2**63 - 1))))
     copies = draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=len(rows)))
-    return sorted(rows, key=lambda row: row.count > 1), tokens, block_tables, max_num_seqs, copies
+    return sorted(rows, key=lambda row: row.count > 1), tokens, max_num_seqs, copies
 
 
 @given(plan=plans(), spare=st.integers(0, 30))
 @settings(max_examples=examples(100), deadline=None)
-def test_pack(plan: tuple[list[Row], Any, Any, int, Copies], spare: int) -> None:
-    rows, tokens, block_tables, max_num_seqs, copies = plan
+def test_pack(plan: tuple[list[Row], Any, int, Copies], spare: int) -> None:
+    rows, tokens, max_num_seqs, copies = plan
     used, num_rows = sum(row.count for row in rows), max(len(rows), sum(row.num_samples for row in rows))
     bucket = find_bucket(make_buckets(max_num_seqs, max(used, max_num_seqs) + spare), used, num_rows, used == len(rows))
-    expected = pack_slowly(rows, tokens, block_tables, bucket, copies)
-    packed = pack_rows(rows, tokens, block_tables, bucket, copies)
+    expected = pack_slowly(rows, tokens, bucket, copies)
+    packed = pack_rows(rows, tokens, bucket, copies)
     for name in expected:
         assert packed[name] == expected[name], name
 
 
 def test_pack_of_a_small_plan() -> None:
     tokens = np.array([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35]], np.int32)
-    block_tables = np.array([[4, 5, 6], [1, 2, 3], [7, 8, 9]], np.int32)
     cold, hot = SamplingParams(temperature=0, top_k=-1), SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, logprobs=2)
     rows = [Row(1, 2, 1, 1, cold, 1), Row(0, 4, 1, 2, hot, (5 << 32) + 6), Row(2, 1, 3, 0, hot, 0)]
-    packed = pack_rows(rows, tokens, block_tables, Bucket(False, 8, 4), [(7, 9), (1, 2)])
+    packed = pack_rows(rows, tokens, Bucket(False, 8, 4), [(7, 9), (1, 2)])
     assert packed == {
         "token_ids": [14, 22, 31, 32, 33, 0, 0, 0],
         "row_starts": [0, 1, 2, 5, 5],
         "kv_lens": [5, 3, 4, 0],
-        "block_tables": [[4, 5, 6], [1, 2, 3], [7, 8, 9], [0, 0, 0]],
+        "rows": [0, 1, 2, 0],
         "num_decode": 2,
         "sample_tokens": [1, 0, 0, 0],
         "sample_positions": [3, 5, 5, 0],
@@ -200,7 +197,7 @@ def test_pack_of_a_small_plan() -> None:
 
 def test_decode_rows_of_one_length_stay_in_order() -> None:
     rows = [Row(i, start, 1, 1, SamplingParams(), i) for i, start in enumerate([3, 5, 3, 5, 4])]
-    packed = pack_rows(rows, np.zeros((5, 8), np.int32), np.zeros((5, 2), np.int32), Bucket(True, 8, 8))
+    packed = pack_rows(rows, np.zeros((5, 8), np.int32), Bucket(True, 8, 8))
     assert packed["sample_tokens"][:5] == [3, 0, 4, 1, 2], "rows 1, 3, 4, 0, 2"
 
 

@@ -42,7 +42,7 @@ def test_the_prompt_is_computed_once_and_its_last_page_copied_before_a_write() -
     assert [r.output_token_ids for r in samples] == [[10], [11], [12]]
     assert scheduler.pool.num_used == 2, "three sequences on two pages"
     plan = schedule(scheduler)
-    tables = scheduler.table.block_tables
+    tables = scheduler.block_tables.ids[0]
     pages = [tables[r.row, :2].tolist() for r in samples]
     assert plan.copies.tolist() == [[1, pages[0][1]], [1, pages[1][1]]] and pages[2][1] == 1, "the last owner keeps the page"
     assert len({page[1] for page in pages}) == 3 and {page[0] for page in pages} == {0}

@@ -61,7 +61,7 @@ def full(rows: int, waiting: int = 0) -> tuple[Scheduler, Callable[[], None]]:
         for request in plan.sampled:
             sampling.set(request.row, request, request.params, request.seed)
         bucket = find_bucket(buckets, plan.num_tokens, len(plan.rows), plan.num_decode == len(plan.rows))
-        pack(plan, scheduler.table.tokens, scheduler.table.block_tables, sampling, bucket)
+        pack(plan, scheduler.table.tokens, sampling, bucket)
         scheduler.commit(plan, np.full(len(plan.sampled), 7), 0.0)
 
     for _ in range(3):

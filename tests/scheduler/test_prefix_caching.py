@@ -94,7 +94,7 @@ def test_a_row_of_the_same_step_finds_pages_that_are_just_computed() -> None:
     plan = scheduler.schedule()
     assert plan is not None and [r.request_id for r in plan.requests] == ["b", "a"]
     assert (plan.starts.tolist(), plan.counts.tolist()) == ([8, 0], [1, 10])
-    tables = scheduler.table.block_tables
+    tables = scheduler.block_tables.ids[0]
     assert tables[plan.rows[0], :2].tolist() == tables[plan.rows[1], :2].tolist()
 
 
@@ -143,7 +143,7 @@ def test_the_page_unused_for_longest_is_evicted_first() -> None:
         run(scheduler, make_request("r", prompt, 1))
     run(scheduler, make_request("r", three, 1))  # its two full pages take those of `two`, the oldest; the end of it first
     starts = {n: scheduler.kv.find_cached(make_request("f", prompt)) for n, prompt in ((1, one), (2, two), (3, three))}
-    assert {n: len(found) for n, found in starts.items()} == {1: 2, 2: 1, 3: 2}
+    assert {n: len(found.runs[0].ids) for n, found in starts.items()} == {1: 2, 2: 1, 3: 2}
 
 
 def test_keys_tell_tokens_positions_and_salts_apart() -> None:

@@ -305,9 +305,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.unfinished
             return
         self.check_plan(plan, preempted=preemptions < sum(request.metrics.num_preemptions for request in self.unfinished))
-        tables = self.scheduler.table
-        self.device.forget(self.running(), plan, tables.block_tables)
-        sampled = self.device.run(plan, tables.tokens, tables.block_tables)
+        block_tables = self.scheduler.block_tables.ids[0]
+        self.device.forget(self.running(), plan, block_tables)
+        sampled = self.device.run(plan, self.scheduler.table.tokens, block_tables)
         if abort is not None:
             self.abort(abort)
         got = [request for request in plan.sampled if request in self.unfinished]

@@ -1,7 +1,8 @@
 """Random requests, samples, beams, aborts, preemptions, evictions and failing steps on a fake device that remembers contents.
 
-A slot of the fake device holds a number that stands for its token and all tokens before it, as keys and values do. A
-page that is lost, shared too long, not copied, or found under a wrong key shows as a wrong number at the next read.
+A slot of the fake device holds a number that stands for its token, all tokens before it and the group of layers, as keys and values
+do. A page that is lost, freed too early, shared too long, not copied, or found under a wrong key shows as a wrong number at the next
+read. Groups with a window read what the window reaches, and the device knows of block tables what plans have told it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections import Counter, deque
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout
 from pjax.outputs import RequestMetrics
 from pjax.params import BeamSearchParams, SamplingParams
 from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
@@ -65,11 +68,24 @@ def search_alone(request: Request) -> list[tuple[float, list[int]]]:
     return [(found.score, found.tokens) for found in search.finished]
 
 
+LAYOUTS: dict[str, KVCacheLayout] = {
+    "full": KVCacheLayout.uniform(2),
+    "window": KVCacheLayout((KVCacheGroup((0,), 5),), 1, 1),
+    "mixed": KVCacheLayout((KVCacheGroup((0,)), KVCacheGroup((1,), 6), KVCacheGroup((2,), 1)), 1, 1),
+}
+
+
+def in_group(held: list[int], group: int) -> list[int]:
+    """What the slots hold in the layers of a group."""
+    return [hash((value, group)) for value in held]
+
+
 class FakeDevice:
-    """Pages and sampled tokens as the real step has them. A step copies, then all rows write, then all rows read."""
+    """Pages, block tables and sampled tokens as the real step has them. A step copies, then all rows write, then all rows read."""
 
     def __init__(self, scheduler: Scheduler, num_pages: int, page_size: int) -> None:
         self.scheduler = scheduler
+        self.tables = np.full(scheduler.block_tables.ids.shape, num_pages)
         self.pages = np.full((num_pages, page_size), POISON)
         self.tokens = np.full(scheduler.table.tokens.shape, POISON)
         self.host = np.full((100, page_size), POISON)
@@ -95,7 +111,8 @@ class FakeDevice:
 
     def run(self, plan: StepPlan) -> list[int]:
         """What the last slot of each of `plan.sampled` holds."""
-        pool, tables = self.scheduler.pool, self.scheduler.table.block_tables
+        pool, layout = self.scheduler.pool, self.scheduler.kv.layout
+        self.tables.reshape(-1)[plan.blocks[:, 0]] = plan.blocks[:, 1]
         self.swap(plan.swap_outs.tolist(), plan.swap_ins.tolist())
         for source, target in plan.copies.tolist():
             assert pool.num_owners(target) == 1
@@ -105,25 +122,32 @@ class FakeDevice:
         owners: dict[int, int] = {}
         ends = (plan.starts + plan.counts).tolist()
         for place, (request, row, start, end) in enumerate(zip(plan.requests, plan.rows, plan.starts.tolist(), ends, strict=True)):
-            held = chain(request.cache_salt, self.known(row, end))
-            for position in range(start, end):
-                index, offset = divmod(position, self.pages.shape[1])
-                self.pages[tables[row, index], offset] = held[position]
-                written[int(tables[row, index]), offset] += 1
-                owners[int(tables[row, index])] = max(1, forks[place])
+            chained = chain(request.cache_salt, self.known(row, end))
+            for group, tables in enumerate(self.tables):
+                held = in_group(chained, group)
+                for position in range(start, end):
+                    index, offset = divmod(position, self.pages.shape[1])
+                    self.pages[tables[row, index], offset] = held[position]
+                    written[int(tables[row, index]), offset] += 1
+                    owners[int(tables[row, index])] = max(1, forks[place])
         assert not written or max(written.values()) == 1, "two rows write one slot"
         for (page_id, _), _ in written.items():
             key = pool._keys[page_id]
             assert pool.num_owners(page_id) <= owners[page_id] or key is not None, "a page is written that others own"
-        for request, row, end in zip(plan.requests, plan.rows, ends, strict=True):
+        for request, row, start, end in zip(plan.requests, plan.rows, plan.starts.tolist(), ends, strict=True):
             own, known = request.prompt_token_ids + request.output_token_ids, self.known(row, end)
             assert known[: len(own)] == own[:end] and len(known) <= len(own) + 1, "at most one token is not on the host yet"
-            page, offset = np.divmod(np.arange(end), self.pages.shape[1])
-            assert self.pages[tables[row][page], offset].tolist() == chain(request.cache_salt, known)
+            for number, group in enumerate(layout.groups):
+                first = group.first_needed(start)
+                page, offset = np.divmod(np.arange(first, end), self.pages.shape[1])
+                held = in_group(chain(request.cache_salt, known), number)
+                assert self.pages[self.tables[number, row][page], offset].tolist() == held[first:]
         last = [ends[source] - 1 for source in plan.sample_sources]
         rows = [int(plan.rows[source]) for source in plan.sample_sources]
-        size = self.pages.shape[1]
-        held = [int(self.pages[tables[row, i // size], i % size]) for row, i in zip(rows, last, strict=True)]
+        requests = [plan.requests[source] for source in plan.sample_sources]
+        held = [
+            chain(request.cache_salt, self.known(row, i + 1))[-1] for request, row, i in zip(requests, rows, last, strict=True)
+        ]  # which every group's pages were just seen to hold
         for request, value, position in zip(plan.sampled, held, last, strict=True):
             self.tokens[request.row, position + 1] = next_token(value, request.index)
         return held
@@ -137,6 +161,7 @@ class FakeDevice:
 class SharingMachine(RuleBasedStateMachine):
     """The model: unfinished requests as groups of sequences."""
 
+    layout: ClassVar[KVCacheLayout] = LAYOUTS["full"]
     num_operations: ClassVar[int] = 0
     seen: ClassVar[Counter[str]] = Counter()
 
@@ -147,8 +172,10 @@ class SharingMachine(RuleBasedStateMachine):
         ahead=st.sampled_from([0, 1, 1]),
     )
     def start(self, sizes: tuple[int, ...], caching: bool, swap: tuple[str, int], ahead: int) -> None:
-        self.num_pages, self.page_size, self.length, self.rows, more = sizes
+        num_pages, self.page_size, self.length, self.rows, more = sizes
+        self.num_pages = num_pages * len(self.layout.groups) + self.layout.num_reserved
         self.scheduler = Scheduler(
+            layout=self.layout,
             num_pages=self.num_pages,
             page_size=self.page_size,
             max_model_len=self.length,
@@ -199,7 +226,8 @@ class SharingMachine(RuleBasedStateMachine):
         priority: int,
         timeout: int | None,
     ) -> None:
-        most = min(self.length - 1, self.num_pages * self.page_size)
+        kv = self.scheduler.kv
+        most = max(tokens for tokens in range(1, self.length) if kv.num_pages_for(tokens) <= self.scheduler.pool.num_usable)
         prompt = ([1 + (base * 3 + i * (base + 1)) % (VOCAB - 1) for i in range(keep)] + [*more, 1])[:most]
         max_tokens = min(max_tokens, most + 1 - len(prompt))
         width = min(width, self.rows)
@@ -334,8 +362,11 @@ class SharingMachine(RuleBasedStateMachine):
         if plan is None:
             return False
         assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert max(len(plan.requests), len(plan.sampled)) <= self.rows and len(plan.copies) <= len(plan.requests)
+        assert max(len(plan.requests), len(plan.sampled)) <= self.rows
+        assert len(plan.copies) <= len(plan.requests) * len(self.layout.groups)
         SharingMachine.seen["copy"] += len(plan.copies)
+        if self.layout.has_windows:
+            SharingMachine.seen["passed"] += int((plan.blocks[:, 1] == NULL_PAGE).sum())
         self.in_flight.append((plan, self.device.run(plan)))
         return True
 
@@ -348,7 +379,7 @@ class SharingMachine(RuleBasedStateMachine):
         running = self.sequences(RequestStatus.RUNNING)
         assert len(running) == self.scheduler.num_running <= self.rows
         assert self.scheduler.has_work == bool(self.groups)
-        most = sum(-(-request.num_planned // self.page_size) for request in running)
+        most = sum(self.scheduler.kv.num_pages_for(request.num_planned) for request in running)
         assert self.scheduler.pool.num_used <= most, "pages beyond what tokens need, or pages that nobody frees"
 
     def teardown(self) -> None:
@@ -376,14 +407,20 @@ ALL_SEEN = (
 ).split(", ")
 
 
-def test_sharing_as_it_comes() -> None:
-    run_state_machine_as_test(SharingMachine, settings=BUDGET)
+def machine_of(layout: str) -> type[SharingMachine]:
+    return type(f"SharingMachine_{layout}", (SharingMachine,), {"layout": LAYOUTS[layout]})
 
 
-def test_sharing() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharing_as_it_comes(layout: str) -> None:
+    run_state_machine_as_test(machine_of(layout), settings=BUDGET)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharing(layout: str) -> None:
     """The same examples in every run, which must have done enough, of every kind: one that avoids what is difficult proves nothing."""
     SharingMachine.num_operations, SharingMachine.seen = 0, Counter()
-    run_state_machine_as_test(SharingMachine, settings=settings(BUDGET, max_examples=200, derandomize=True))
+    run_state_machine_as_test(machine_of(layout), settings=settings(BUDGET, max_examples=200, derandomize=True))
     assert SharingMachine.num_operations >= 4000, SharingMachine.seen
-    for name in ALL_SEEN:
+    for name in [*ALL_SEEN, *["passed"] * LAYOUTS[layout].has_windows]:
         assert SharingMachine.seen[name] >= 4, (name, SharingMachine.seen)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from pjax.kv_cache.kv_manager import CachedPrefix
+from pjax.kv_cache.page_pool import PageRun
 from pjax.kv_cache.swap_space import PreemptionCost
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
@@ -112,11 +114,11 @@ def test_slots_that_a_step_reads_are_not_given_away_in_it() -> None:
     scheduler.sequences.preempt(b)
     swap = scheduler.kv.swap
     swap.take()
-    scheduler.sequences.start(b, [], 0.0)
+    scheduler.sequences.start(b, CachedPrefix(0, (PageRun([]),)), 0.0)
     scheduler.check()
-    assert not swap.save(a, scheduler.kv.pages_of(a)[:3], 9, 0), "all three slots are still read by the coming step"
+    assert not swap.save(a, [PageRun(scheduler.kv.pages_of(a)[:3])], 9, 0), "all three slots are still read by the coming step"
     assert len(swap.take()[1]) == 3
-    assert swap.save(a, scheduler.kv.pages_of(a)[:3], 9, 0)
+    assert swap.save(a, [PageRun(scheduler.kv.pages_of(a)[:3])], 9, 0)
     swap.drop(a)
 
 
