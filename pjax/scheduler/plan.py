@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pjax.scheduler.request import Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """n rows; those with exactly one token come first. Row i computes positions `[starts[i], starts[i] + counts[i])`.
 

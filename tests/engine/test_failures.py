@@ -102,7 +102,7 @@ def test_a_failed_step_loses_nothing(
 @pytest.mark.parametrize("call", [1, 6])
 @pytest.mark.parametrize(
     ("part", "method"),
-    [("scheduler", "schedule"), ("scheduler.sequences", "append"), ("_views", "observe"), ("_views", "output"), ("runner", "fetch")],
+    [("scheduler", "schedule"), ("scheduler", "_append"), ("_views", "observe"), ("_views", "output"), ("runner", "fetch")],
     ids=str,
 )
 def test_ctrl_c_loses_nothing(
@@ -137,10 +137,11 @@ def check_ctrl_c(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 
 HOST_PARTS = {
-    ("scheduler", "_take"): ("scored", "two", "beams"),
-    ("scheduler", "_stop"): ("scored", "two"),
-    ("scheduler.sequences", "append"): ("scored", "two", "beams"),
-    ("scheduler.sequences", "advance"): ("beams",),
+    ("scheduler", "_take_token"): ("scored", "two"),
+    ("scheduler", "_take_candidates"): ("beams",),
+    ("scheduler", "_why_it_ends"): ("scored", "two"),
+    ("scheduler", "_append"): ("scored", "two", "beams"),
+    ("scheduler", "_continue_beams"): ("beams",),
     ("_views", "observe"): ("scored", "two"),
     ("_views", "observe_prompt"): ("scored",),
     ("_views", "_entries"): ("scored",),
@@ -221,7 +222,7 @@ def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
     engine = llm.engine
     engine.add_request("hello", greedy(1), "a")
     with engine._recovery():
-        engine._dispatch(engine._plan())  # type: ignore[arg-type]
+        engine._dispatch(engine._schedule())  # type: ignore[arg-type]
         engine._end_oldest()
     output = engine.abort_request("a")
     assert output is not None and output.finished and len(output.outputs[0].token_ids) == 1
@@ -242,7 +243,7 @@ def test_an_update_whose_drain_fails_changes_nothing(llm: LLM, expected: dict[st
     engine = llm.engine
     add_all(engine)
     engine.step()
-    assert engine._in_flight, "a step is under way"
+    assert engine.scheduler.steps, "a step is under way"
     before = engine.params
     with monkeypatch.context() as patched:
         patched.setattr(engine.runner, "fetch", lambda step: raise_error())
@@ -262,7 +263,7 @@ def test_an_id_that_is_used_again_while_its_step_is_under_way(llm: LLM) -> None:
     engine.step()
     engine.add_request(prompt, params, "again")
     engine.step()
-    assert any(request.request_id == "again" for step in engine._in_flight for request in step.plan.requests)
+    assert any(request.request_id == "again" for plan in engine.scheduler.steps for request in plan.requests)
     engine.abort_request("again")
     assert "again" not in engine.scheduled_last
     engine.add_request("abc", short, "again")
@@ -287,7 +288,7 @@ def test_steps_that_were_not_timed_alone_have_no_time(llm: LLM, monkeypatch: pyt
     engine.step()
     cost = engine.scheduler.kv.swap.cost
     before = cost.seconds_per_token
-    engine._in_flight[0].running.wait()
+    engine._dispatched[engine.scheduler.steps[0]].handle.wait()
     time.sleep(3 * LONG_PAUSE)
     engine.step()
     assert told[-1].seconds is None and told[-1].num_prefill_tokens > 0
