@@ -217,11 +217,12 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request, frees all it has, and returns what there is of it; None when there is none of that id."""
-        ready = [output for output in self._ready if output.request_id == request_id]
-        self._ready = [output for output in self._ready if output.request_id != request_id]
-        if self.scheduler.abort(request_id):
-            return self._output(request_id)
-        return next((output for output in ready if output.finished), None)
+        with uninterrupted():
+            ready = [output for output in self._ready if output.request_id == request_id]
+            self._ready = [output for output in self._ready if output.request_id != request_id]
+            if self.scheduler.abort(request_id):
+                return self._output(request_id)
+            return next((output for output in ready if output.finished), None)
 
     @property
     def has_unfinished_requests(self) -> bool:

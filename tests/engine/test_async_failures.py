@@ -276,6 +276,26 @@ class LateInbox:
         self._inbox.put(call)
 
 
+def test_what_is_ready_without_a_step_does_not_hide_that_steps_fail(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two failing steps the engine gives what is ready: the device has not worked meanwhile."""
+    step, calls = served.engine.step, [0]
+
+    def failing() -> list[Any]:
+        calls[0] += 1
+        return raising(RuntimeError("no device"))() if calls[0] % 2 else []
+
+    monkeypatch.setattr(served.engine, "step", failing)
+
+    async def main() -> None:
+        many = [asyncio.create_task(tokens(served, [1, count], 4)) for count in range(9)]
+        (await asyncio.wait(many, timeout=60))[0]
+        assert {type(task.exception()).__name__ for task in many} == {"EngineDeadError"}
+
+    asyncio.run(main())
+    assert calls[0] == 2 * async_llm.MAX_FAILURES - 1 and served.error is not None
+    monkeypatch.setattr(served.engine, "step", step)
+
+
 @pytest.mark.parametrize("call", ["abort", "generate"])
 def test_a_call_that_comes_as_the_thread_ends_is_told(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     monkeypatch.setattr(served, "_inbox", LateInbox(served))

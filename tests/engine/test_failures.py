@@ -88,7 +88,9 @@ def press_ctrl_c() -> None:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("call", [1, 4])
 @pytest.mark.parametrize(
-    ("part", "method"), [("scheduler", "schedule"), ("runner", "dispatch"), ("runner", "_start"), ("runner", "fetch")], ids=str
+    ("part", "method"),
+    [("scheduler", "schedule"), ("runner", "dispatch"), ("runner", "_start"), ("runner", "fetch"), ("scheduler", "commit")],
+    ids=str,
 )
 def test_a_failed_step_loses_nothing(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int, after: bool
@@ -227,6 +229,76 @@ def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
     output = engine.abort_request("a")
     assert output is not None and output.finished and len(output.outputs[0].token_ids) == 1
     assert engine.abort_request("a") is None and not engine.has_unfinished_requests
+
+
+def test_a_step_that_is_not_scheduled_fails_for_those_that_it_was_for(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for those of the step before."""
+    engine = llm.engine
+    engine.add_request("hello", greedy(1), "before")
+    while engine.has_unfinished_requests:
+        engine.step()
+    add_all(engine)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.scheduler.kv, "find_cached", lambda request: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    assert engine.scheduled_last == {"greedy"}, "the first that waits"
+    engine.step()
+    assert engine.scheduled_last == set(REQUESTS) - {"two"}, "there are four rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.scheduler.kv, "extend", lambda request, count: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    assert engine.scheduled_last == set(REQUESTS), "all that run, and the first that waits"
+    assert run(engine) == expected
+
+
+def test_a_request_is_queued_whole_or_not_at_all(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails on the way takes no number, from which the next one's seed is made."""
+    engine, sampled = llm.engine, SamplingParams(temperature=1, max_tokens=4, ignore_eos=True)
+    numbers = iter([[7], [7]])
+    monkeypatch.setattr(engine._intake, "_next_seed", lambda: next(numbers)[0])
+    alone = ids(llm, "hello", sampled)
+    with monkeypatch.context() as patched:
+        patched.setattr("pjax.engine.views.Detokenizer", lambda *arguments: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.add_request("hello", sampled, "half")
+    engine.scheduler.check()
+    assert not engine.has_unfinished_requests and "half" not in engine._views
+    assert ids(llm, "hello", sampled) == alone
+
+
+def test_what_is_ready_is_returned_without_a_step(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose timeout has passed does not wait for a device that fails."""
+    engine = llm.engine
+    add_all(engine)
+    engine.add_request("late", greedy(4), "late", timeout=1e-9)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "fetch", lambda step: raise_error())
+        num_steps = engine.num_steps
+        (output,) = engine.step()
+        assert (output.request_id, output.outputs[0].finish_reason, engine.num_steps) == ("late", "timeout", num_steps)
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+        assert engine.num_steps == num_steps
+    assert run(engine) == expected and engine.num_steps > num_steps
+
+
+def test_outputs_that_were_made_before_a_failure_come_with_the_next_step(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the step was committed when its figures fail."""
+    engine = llm.engine
+    engine.add_request("hello", greedy(1), "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_count", lambda request: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    (output,) = engine.step()
+    assert (output.request_id, output.finished, output.outputs[0].token_ids) == ("a", True, expected["greedy"][0][0][1][:1])
+    assert not engine.has_unfinished_requests
 
 
 def test_a_callback_that_fails_is_the_callers_business(
