@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ from tests.engine.common import greedy
 OPTIONS: dict[str, Any] = common.TIGHT | {"preemption_mode": "swap", "swap_space": 1 << 20}
 KINDS: dict[str, tuple[Any, SamplingParams | BeamSearchParams]] = {
     "greedy": ("hello", greedy(14)),
-    "sampled": ("world", SamplingParams(temperature=1, seed=1, max_tokens=12, ignore_eos=True)),
+    "sampled": (
+        "world",
+        SamplingParams(
+            temperature=1, seed=1, max_tokens=12, ignore_eos=True, frequency_penalty=0.9, repetition_penalty=1.3, logit_bias={70: 4.0}
+        ),
+    ),
     "beams": ("some beams", BeamSearchParams(beam_width=3, max_tokens=7, ignore_eos=True)),
     "two": ("both of them", SamplingParams(n=2, temperature=0.8, seed=3, max_tokens=10, ignore_eos=True)),
     "stops": ("a text", SamplingParams(temperature=1.5, seed=4, max_tokens=30, stop=["=\x15", "never"], ignore_eos=True)),
@@ -57,7 +63,7 @@ REQUEST_POINTS = ["scheduler._append", "scheduler._continue_beams", "_views.obse
 
 
 ALL_POINTS = STEP_POINTS + KV_POINTS + REQUEST_POINTS
-RARE_POINTS = ["scheduler.kv.fork", "scheduler.kv.save", *REQUEST_POINTS]
+RARE_POINTS = ["scheduler.kv.fork", "scheduler.kv.save", "scheduler._continue_beams", *REQUEST_POINTS]
 NUM_SCENARIOS = 40
 
 
@@ -65,11 +71,21 @@ class InjectedError(Exception):
     """The fault."""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Where it comes, after how many calls, and whether after or before what is done there."""
+
+    point: str
+    calls: int
+    after: bool
+    by_ctrl_c: bool
+
+
 class Faults:
     """Wraps the points of an engine; each armed fault fires once, before or after the real call."""
 
     def __init__(self, engine: LLMEngine, patch: pytest.MonkeyPatch) -> None:
-        self.armed: list[tuple[str, int, bool, bool]] = []  # point, calls until it fires, whether after the call, whether by Ctrl-C
+        self.armed: list[Fault] = []
         self.fired: Counter[str] = Counter()
         self.hit: set[str] = set()
         """Ids of victims that one was fired for."""
@@ -87,51 +103,52 @@ class Faults:
 
         def method(*arguments: Any, **fields: Any) -> Any:
             fault = self._due(point, arguments)
-            if fault and not fault[2]:
+            if fault and not fault.after:
                 self._fire(fault)
             before, self._is_scheduling = self._is_scheduling, self._is_scheduling or point == "scheduler.schedule"
             try:
                 made = whole(*arguments, **fields)
             finally:
                 self._is_scheduling = before
-            if fault and fault[2]:
+            if fault and fault.after:
                 self._fire(fault)
             return made
 
         patch.setattr(owner, name, method)
 
-    def _due(self, point: str, arguments: tuple[Any, ...]) -> tuple[str, int, bool, bool] | None:
+    def _due(self, point: str, arguments: tuple[Any, ...]) -> Fault | None:
         if point in KV_POINTS and not self._is_scheduling:
             return None
-        victims: set[str] = set()
-        if point in REQUEST_POINTS:
-            named = [one for one in arguments if isinstance(one, Request | str)]
-            named += [sequence for one in arguments if isinstance(one, list) for sequence in one if isinstance(sequence, Request)]
-            ids = {one if isinstance(one, str) else one.request_id for one in named}
-            victims = {name for name in ids if name.startswith("victim")}
-            if not victims:
-                return None
+        victims = self._victims(arguments) if point in REQUEST_POINTS else set()
         for place, fault in enumerate(self.armed):
-            if fault[0] == point:
-                self.armed[place] = fault = (point, fault[1] - 1, *fault[2:])
-                if fault[1] < 0:
-                    del self.armed[place]
-                    self.hit |= victims
-                    return fault
+            # Ctrl-C waits until the step is committed, and so ends nobody.
+            if fault.point != point or (point in REQUEST_POINTS and not victims and not fault.by_ctrl_c):
+                continue
+            if fault.calls:
+                self.armed[place] = replace(fault, calls=fault.calls - 1)
                 return None
+            del self.armed[place]
+            self.hit |= set() if fault.by_ctrl_c else victims
+            return fault
         return None
 
-    def _fire(self, fault: tuple[str, int, bool, bool]) -> None:
-        point, _, after, by_ctrl_c = fault
-        self.fired[f"{point} {'after' if after else 'before'}"] += 1
-        if by_ctrl_c:
+    def _victims(self, arguments: tuple[Any, ...]) -> set[str]:
+        named = [one for one in arguments if isinstance(one, Request | str)]
+        named += [sequence for one in arguments if isinstance(one, list) for sequence in one if isinstance(sequence, Request)]
+        ids = {one if isinstance(one, str) else one.request_id for one in named}
+        return {name for name in ids if name.startswith("victim")}
+
+    def _fire(self, fault: Fault) -> None:
+        self.fired[f"{fault.point} {'after' if fault.after else 'before'}"] += 1
+        self.fired["ctrl-c"] += fault.by_ctrl_c
+        if fault.by_ctrl_c:
             signal.raise_signal(signal.SIGINT)
         else:
-            raise InjectedError(point)
+            raise InjectedError(fault.point)
 
 
-def close(entries: list[dict[int, Logprob] | None] | None) -> Any:
-    """Log-probabilities, rounded: a prompt that is computed in other chunks is summed up in another order."""
+def ranked(entries: list[dict[int, Logprob] | None] | None) -> Any:
+    """Tokens, ranks and texts of log-probabilities, without the values."""
     if entries is None:
         return None
     return [None if one is None else [(token, entry.rank, entry.decoded_token) for token, entry in one.items()] for one in entries]
@@ -144,17 +161,17 @@ def values(entries: list[dict[int, Logprob] | None] | None) -> list[float]:
 def assert_same(output: RequestOutput, expected: RequestOutput) -> None:
     """Tokens, text, reasons, ranks and log-probabilities are those of an undisturbed run.
 
-    Log-probabilities to 1e-4: a step of another size adds up in another order.
+    Log-probabilities to 2e-5: what is computed again, in a step of another size, is summed up in another order.
     """
     assert output.prompt_token_ids == expected.prompt_token_ids and output.finished
-    assert close(output.prompt_logprobs) == close(expected.prompt_logprobs)
-    np.testing.assert_allclose(values(output.prompt_logprobs), values(expected.prompt_logprobs), atol=1e-4)
+    assert ranked(output.prompt_logprobs) == ranked(expected.prompt_logprobs)
+    np.testing.assert_allclose(values(output.prompt_logprobs), values(expected.prompt_logprobs), atol=2e-5)
     assert len(output.outputs) == len(expected.outputs)
     for one, other in zip(output.outputs, expected.outputs, strict=True):
         assert (one.token_ids, one.text) == (other.token_ids, other.text)
         assert (one.finish_reason, one.stop_reason) == (other.finish_reason, other.stop_reason)
-        assert close(one.logprobs) == close(other.logprobs)  # type: ignore[arg-type]
-        np.testing.assert_allclose(values(one.logprobs), values(other.logprobs), atol=1e-4)  # type: ignore[arg-type]
+        assert ranked(one.logprobs) == ranked(other.logprobs)  # type: ignore[arg-type]
+        np.testing.assert_allclose(values(one.logprobs), values(other.logprobs), atol=2e-5)  # type: ignore[arg-type]
         assert (one.cumulative_logprob is None) == (other.cumulative_logprob is None)
         assert one.cumulative_logprob is None or one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-3)
 
@@ -230,9 +247,8 @@ class FaultMachine:
             self.deck = [(point, after) for point in [*ALL_POINTS, *RARE_POINTS] for after in (False, True)]
             self.rng.shuffle(self.deck)
         point, after = self.deck.pop()
-        by_ctrl_c = point in STEP_POINTS and point != "on_step" and self.rng.random() < 0.3
         calls = 0 if point in RARE_POINTS else self.rng.randrange(3)
-        self.faults.armed.append((point, calls, after, by_ctrl_c))
+        self.faults.armed.append(Fault(point, calls, after, by_ctrl_c=point != "on_step" and self.rng.random() < 0.25))
 
     def add_victim(self) -> None:
         if len(self.left) < 14:
@@ -247,8 +263,9 @@ class FaultMachine:
         if not victims:
             return
         name = self.rng.choice(victims)
-        output = self.engine.abort_request(name)
-        assert output is not None and output.finished and output.request_id == name
+        with self.failing():
+            output = self.engine.abort_request(name)
+            assert output is not None and output.finished and output.request_id == name
         del self.left[name]
         self.faults.hit.discard(name)
         self.seen["abort"] += 1
@@ -310,8 +327,9 @@ def test_no_bystander_notices_a_fault(machine: FaultMachine) -> None:
     for seed in range(examples(NUM_SCENARIOS)):
         machine.run(seed)
     fired, seen = machine.faults.fired, machine.seen
-    rare = {f"{point} {when}": fired[f"{point} {when}"] for point in ALL_POINTS for when in ("before", "after")}
-    assert min(rare.values()) >= 2, rare
+    for point in ALL_POINTS:
+        assert fired[f"{point} before"] + fired[f"{point} after"] > 3, f"{point}: {fired}"
+    assert fired["ctrl-c"] > 50, fired
     for name in ("failed", "done", "error", "timeout", "abort", "used again", "update", "preempt"):
         assert seen[name] > 10, f"{name}: {seen}"
     assert machine.engine.scheduler.kv.swap.num_restored_pages > 20
