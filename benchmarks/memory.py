@@ -77,9 +77,9 @@ def live_share(trace: list[tuple[int, int]], page_size: int, num_pages: int, max
     live = used = padded = 0
     while scheduler.has_work:
         step(scheduler, rng)
-        live += sum(request.num_computed for request in scheduler.sequences.running)
+        live += sum(request.num_computed for request in scheduler.running)
         used += scheduler.pool.num_used * page_size
-        padded += len(scheduler.sequences.running) * max_model_len
+        padded += len(scheduler.running) * max_model_len
     return live / used, live / padded
 
 
@@ -96,7 +96,7 @@ def saved(trace: list[tuple[int, int]], page_size: int, max_model_len: int, seed
         while scheduler.has_work:
             step(scheduler, rng, max(2 * width, 1))
             used += scheduler.pool.num_used
-            owned += sum(len(scheduler.kv.pages_of(request)) for request in scheduler.sequences.running)
+            owned += sum(len(scheduler.kv.pages_of(request)) for request in scheduler.running)
     return 1 - used / owned
 
 

@@ -46,7 +46,7 @@ class Part:
 
 PARTS = {
     "scheduler": Part(
-        ("scheduler/scheduler.py", "scheduler/queues.py", "scheduler/sequences.py", "scheduler/sequence_table.py", "scheduler/request.py"),
+        ("scheduler/scheduler.py", "scheduler/queues.py", "scheduler/sequence_table.py", "scheduler/request.py"),
         ("tests/scheduler/test_scheduler.py", "tests/scheduler/test_priorities.py", "tests/scheduler"),
     ),
     "beams": Part(("scheduler/beam_search.py",), ("tests/scheduler", "tests/engine/test_beam_search.py")),

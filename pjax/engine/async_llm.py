@@ -359,6 +359,7 @@ class AsyncLLM:
             self._turn = None
 
     def _step(self) -> None:
+        num_steps = self.engine.num_steps
         try:
             outputs = self.engine.step()
         except Exception as error:
@@ -371,7 +372,8 @@ class AsyncLLM:
             if self._num_failures > RETRIES:
                 self._fail_running(RequestFailedError(f"steps with this request failed: {type(error).__name__}: {error}"))
             return
-        self._num_failures = 0
+        if self.engine.num_steps > num_steps:  # else it gave what was ready, and no step says that the device works
+            self._num_failures = 0
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
         for output in outputs:
             stream = self._streams.pop(output.request_id, None) if output.finished else self._streams.get(output.request_id)
@@ -397,10 +399,8 @@ class AsyncLLM:
         except PjaxError as caught:
             error = caught
         except Exception as caught:
-            error, request_id = caught, prepared.requests[0].request_id
-            log.exception("request %r could not be queued", request_id)
-            if request_id not in self._streams:
-                self.engine.scheduler.abort(request_id)  # it may be queued already
+            error = caught
+            log.exception("request %r could not be queued", prepared.requests[0].request_id)
         _tell(stream.loop, partial(stream.settle, None, error))
 
     def _drop(self, request_id: str, stream: _Stream) -> None:

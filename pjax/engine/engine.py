@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,31 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pjax.checkpoints.arena import Arena
 from pjax.config import EngineConfig
-from pjax.engine.agreement import agree_on_model, agree_on_sizes, begin, end, gather_hosts, raise_of_hosts, told
-from pjax.engine.intake import Intake, Prompt
+from pjax.engine.agreement import begin, end, gather_hosts, raise_of_hosts, told
+from pjax.engine.building import Loading, build_intake, build_scheduler_and_runner, choose_sizes, load_weights, open_parts, warm_up
+from pjax.engine.intake import Prompt
 from pjax.engine.interrupts import uninterrupted
-from pjax.engine.opening import TokenizerOf, bytes_to_come, open_source, open_tokenizer
+from pjax.engine.opening import open_tokenizer
 from pjax.engine.stats import Counters, EngineStats, StepStats
 from pjax.engine.views import Views
-from pjax.errors import ConfigError, UnsupportedError
-from pjax.kv_cache.layout import KVCacheLayout, make_layout, specs_of
-from pjax.memory import choose_num_pages, choose_num_slots, describe_pool
-from pjax.models import ModelSource
+from pjax.errors import UnsupportedError
 from pjax.models.given import match
-from pjax.models.sharding import choose_mesh
 from pjax.outputs import RequestOutput
 from pjax.params import BeamSearchParams, SamplingParams
-from pjax.runner import InFlight, ModelRunner, RunnerConfig, StepResult, can_keep, use_compilation_cache
-from pjax.scheduler import Request, RequestStatus, Scheduler, StepPlan
+from pjax.runner import InFlight, StepResult
+from pjax.scheduler import Request, RequestStatus, StepPlan
 
 log = logging.getLogger(__name__)
 
-ASSUMED_COPY_RATE = 5e9  # bytes per second between device and host, until it is measured
 LONG_PAUSE = 0.005  # seconds between two calls of `step`
 
 
@@ -52,11 +45,10 @@ class Prepared:
 
 
 @dataclass(slots=True)
-class _Step:
-    """A step on its way."""
+class _Dispatched:
+    """The device's side of a step that is under way."""
 
-    plan: StepPlan
-    running: InFlight
+    handle: InFlight
     started: float
     is_timed: bool = True
     """Whether the time from its start to its end is the step's own: no program was compiled meanwhile, and nobody paused."""
@@ -85,110 +77,43 @@ class LLMEngine:
         progress: bool = True,
         arena: Arena | None = None,
     ) -> None:
-        config = config or EngineConfig()
-        self.hosts = gather_hosts(model, config, params)
+        self.hosts = gather_hosts(model, config or EngineConfig(), params)
         with told(self.hosts):
-            tokenizer_of = partial(
-                open_tokenizer, tokenizer=tokenizer, skip=skip_tokenizer_init, is_module=not isinstance(model, str | Path)
-            )
-            self._prepare(model, config, params, tokenizer_of, progress, arena)
+            opened = open_parts(model, config or EngineConfig(), params, arena, self.hosts)
+            self.config, self.model_config, self.max_model_len = opened.config, opened.source.config, opened.max_model_len
+            self._abstract = opened.source.abstract
+            sizes = choose_sizes(opened, self.hosts)
+            self._loading: Loading | None = load_weights(opened, progress=progress)  # beside all that follows
+            is_module = not isinstance(model, str | Path)
+            self.tokenizer = open_tokenizer(opened.source, tokenizer=tokenizer, skip=skip_tokenizer_init, is_module=is_module)
+            self.scheduler, self.runner = build_scheduler_and_runner(opened, sizes)
+            self._intake = build_intake(opened, self.tokenizer)
+            self._views = Views(self.tokenizer)
+            self._names = itertools.count()
+            self._counters = Counters()
+            self._dispatched: dict[StepPlan, _Dispatched] = {}  # of the scheduler's steps under way
+            self._ready: list[RequestOutput] = []  # outputs that `step` has not returned yet
+            self._last_scheduled: list[Request] = []
+            self._last_end = self._last_return = 0.0
+            self.on_step: Callable[[StepStats], None] | None = None
+            """Called with each step's figures. An exception of it is logged, and changes nothing."""
+            warm_up(self.runner, self.scheduler, self.config, progress=progress)
+            if self.config.warmup_mode != "none" or self.hosts is not None:
+                self._wait_for_weights_or_close()
         if self.hosts is not None:
             begin(self.hosts, self.runner)
 
-    def _prepare(self, model: Any, config: EngineConfig, params: Any, tokenizer: TokenizerOf, progress: bool, arena: Arena | None) -> None:
-        mesh = choose_mesh(config)
-        platform = jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform)
-        self.config = config = config.for_platform(platform)
-        source, layer_mode = open_source(model, config, platform, mesh, arena)
-        agree_on_model(self.hosts, source)
-        self._abstract = source.abstract
-        given = None if params is None else match(source.abstract, params)
-        self.max_model_len = self._resolve_length(source.config.max_position)
-        kv_dtype = "float32" if platform == "cpu" else jnp.dtype(source.dtype).name
-        devices = () if mesh is None else mesh.local_devices
-        layout = make_layout(specs_of(source.own_config), self.max_model_len)
-        sizes = self._choose_sizes(source, layout, bytes_to_come(source, arena), kv_dtype, devices)  # before weights take memory
-        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pjax-load")
-        load = partial(source.load, progress=progress) if given is None else lambda: given
-        self._weights: Future[Any] | None = self._loading.submit(load)  # beside all that follows
-        self.tokenizer = tokenizer(source)
-        self.model_config = source.config
-        each = "" if source.shares is None else f" on each of {source.shares.size} devices"
-        log.info("%s: %.2f GiB of %s weights%s, layers by %s", source.path.name, source.num_bytes / 2**30, source.dtype, each, layer_mode)
-        steps = use_compilation_cache(config.compilation_cache_dir, whole_steps=can_keep(source, config, platform))
-        self.scheduler, self.runner = self._build(source, layout, kv_dtype, sizes, steps)
-        self._intake = Intake(
-            self.tokenizer,
-            vocab_size=source.config.vocab_size,
-            eos_token_ids=frozenset(source.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids if self.tokenizer else ()),
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.step_sizes[0],
-            seed=config.seed or 0,
-            logits_processors=frozenset(config.logits_processors),
-        )
-        self._views = Views(self.tokenizer)
-        self._names = itertools.count()
-        self._counters = Counters()
-        self._in_flight: deque[_Step] = deque()
-        self._ready: list[RequestOutput] = []  # of steps that ended between two calls
-        self._last_end = self._last_return = 0.0
-        self.on_step: Callable[[StepStats], None] | None = None
-        """Called with each step's figures. An exception of it is logged, and changes nothing."""
-        self._last_plan: StepPlan | None = None
-        if config.warmup_mode == "all":
-            self.runner.warmup(progress=progress)
-            if copied := self.runner.measure_swap():
-                self.scheduler.kv.swap.cost.observe_copy(*copied)
-        elif config.warmup_mode == "background":
-            self.runner.warm_in_background()
-        if config.warmup_mode != "none" or self.hosts is not None:
-            try:
-                self._wait_for_weights()
-            except BaseException:
-                self.runner.close()  # whatever it is compiling in the background
-                raise
-
-    def _choose_sizes(
-        self, source: ModelSource, layout: KVCacheLayout, weight_bytes: int, kv_dtype: str, devices: Sequence[Any]
-    ) -> tuple[int, int]:
-        """Pages of the pool, and for how many of them there is host memory."""
-        config = self.config
-        num_pages = choose_num_pages(config, layout, kv_dtype, self.max_model_len, weight_bytes=weight_bytes, devices=devices)
-        num_shares = 1 if source.shares is None else min(source.shares.size, len(devices))  # of which this host keeps pages
-        num_slots = choose_num_slots(config, num_pages, layout.page_bytes(config.page_size, jnp.dtype(kv_dtype).itemsize) * num_shares)
-        num_pages, num_slots = agree_on_sizes(self.hosts, num_pages, num_slots)
-        return num_pages, num_slots
-
-    def _build(
-        self, source: ModelSource, layout: KVCacheLayout, kv_dtype: str, sizes: tuple[int, int], steps: Path | None
-    ) -> tuple[Scheduler, ModelRunner]:
-        config, (num_pages, num_slots) = self.config, sizes
-        log.info("%s", describe_pool(num_pages, config.page_size, self.max_model_len, layout, config.step_sizes[1]))
-        limits: dict[str, Any] = {
-            "layout": layout,
-            "num_pages": num_pages,
-            "page_size": config.page_size,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": config.step_sizes[0],
-            "max_num_batched_tokens": config.step_sizes[1],
-            "num_host_slots": num_slots,
-        }
-        scheduler = Scheduler(
-            **limits,
-            enable_prefix_caching=config.enable_prefix_caching,
-            seconds_per_priority=config.seconds_per_priority,
-            preemption_mode=config.preemption_mode,
-        )
-        page_bytes = layout.page_bytes(config.page_size, jnp.dtype(kv_dtype).itemsize)
-        scheduler.kv.swap.cost.observe_copy(1, page_bytes / ASSUMED_COPY_RATE)
-        limits |= {name: getattr(config, name) for name in ("attention_backend", "logits_processors")}
-        return scheduler, ModelRunner(source, RunnerConfig(**limits, kv_cache_dtype=kv_dtype, step_folder=steps))
-
     def _wait_for_weights(self) -> None:
-        if self._weights is not None:
-            self.runner.set_params(self._weights.result())
-            self._weights = None
-            self._loading.shutdown()
+        if self._loading is not None:
+            self.runner.set_params(self._loading.wait())
+            self._loading = None
+
+    def _wait_for_weights_or_close(self) -> None:
+        try:
+            self._wait_for_weights()
+        except BaseException:
+            self.runner.close()  # whatever it is compiling in the background
+            raise
 
     @property
     def params(self) -> Any:
@@ -212,7 +137,7 @@ class LLMEngine:
             )
         given = match(self._abstract, params)
         self._wait_for_weights()
-        self._drain()
+        self._end_steps()
         with uninterrupted():
             self.runner.set_params(given)
             if restart:
@@ -230,12 +155,6 @@ class LLMEngine:
                 self.runner.prefetch_for(chunk, rows, decode_only=False)
         if rows:
             self.runner.prefetch_for(rows, rows, decode_only=True)
-
-    def _resolve_length(self, limit: int) -> int:
-        wanted = self.config.max_model_len
-        if wanted is not None and wanted > limit:
-            raise ConfigError(f"max_model_len is {wanted}, but the model's own limit is {limit}")
-        return wanted or limit
 
     # ---- requests
 
@@ -281,9 +200,12 @@ class LLMEngine:
     def submit(self, prepared: Prepared) -> str:
         """Queues a prepared request and returns its id. InvalidRequestError when the id is in use or it can never fit."""
         requests = prepared.requests
-        self.scheduler.add(*requests)
+        self.scheduler.check_fits(requests[0])
+        views = self._views.make(prepared.text, requests)
+        # Nothing can fail from here on: a request is queued whole or not at all.
         self._intake.give_seeds(requests)
-        self._views.add(prepared.text, requests, requests[0].params)
+        self._views.add(views)
+        self.scheduler.add(*requests)
         return requests[0].request_id
 
     def share_intake(self, other: LLMEngine) -> None:
@@ -295,11 +217,12 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request, frees all it has, and returns what there is of it; None when there is none of that id."""
-        ready = [output for output in self._ready if output.request_id == request_id]
-        self._ready = [output for output in self._ready if output.request_id != request_id]
-        if self.scheduler.abort(request_id):
-            return self._output(request_id)
-        return next((output for output in ready if output.finished), None)
+        with uninterrupted():
+            ready = [output for output in self._ready if output.request_id == request_id]
+            self._ready = [output for output in self._ready if output.request_id != request_id]
+            if self.scheduler.abort(request_id):
+                return self._output(request_id)
+            return next((output for output in ready if output.finished), None)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -314,8 +237,8 @@ class LLMEngine:
     @property
     def is_loading_or_compiling(self) -> bool:
         """Whether a step waits for weights or for a program, not for the device. Any thread may ask."""
-        weights = self._weights
-        return (weights is not None and not weights.done()) or self.runner.programs.is_waiting
+        loading = self._loading
+        return (loading is not None and not loading.is_done) or self.runner.programs.is_waiting
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's figures. Any thread may call it."""
@@ -327,50 +250,60 @@ class LLMEngine:
             num_used_pages=int(np.count_nonzero(owners)),
             num_cached_pages=self.scheduler.pool.num_kept,
             num_shared_pages=int(np.count_nonzero(owners > 1)),
-            num_preemptions=self.scheduler.sequences.num_preemptions,
+            num_preemptions=self.scheduler.num_preemptions,
             num_compilations=self.runner.num_compilations,
             page_owners=owners,
             page_cached=self.scheduler.pool.keyed(),
             **asdict(self._counters),
         )
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that have ended, failed ones not among them."""
+        return self._counters.num_steps
+
     # ---- the step
 
-    @property
-    def scheduled_last(self) -> set[str]:
-        """Ids of the unfinished requests in the newest step."""
-        if self._last_plan is None:
-            return set()
-        # An id may belong to another request by now.
-        return {request.request_id for request in self._last_plan.requests if request.status is not RequestStatus.FINISHED}
-
     def step(self) -> list[RequestOutput]:
-        """Waits for one step and returns the requests that got a token, finished ones included; or those whose time is up.
+        """Returns the requests that have something new, finished ones included: what is ready, or else what one step gives.
+
+        Ready are requests whose timeout has passed, and outputs of steps that `update_params` has ended or that failed after they were
+        made. They are returned at once, without a step, whatever becomes of the next one.
 
         With `async_scheduling` the step after it is on its way before that: its rows take from the device the tokens that the
         host does not know yet. A sequence that turns out to have ended computes one row for nothing.
         """
-        with uninterrupted():
-            if expired := self.scheduler.expire(time.monotonic()):
-                self._ready += [self._output(request_id) for request_id in expired]
-        if expired:
-            return self._take_ready()  # at once, whatever becomes of the next step
-        self._note_pause()
-        with self._recovery():
-            # While a program is being compiled, the next step may need it: the tokens in flight would wait for that too.
-            ahead = self.config.async_scheduling and not self.runner.programs.is_compiling
-            while len(self._in_flight) < 1 + ahead and (plan := self._plan()) is not None:
-                self._dispatch(plan)
-            if self._in_flight:
-                self._end_oldest()
-        while self._in_flight and not self.scheduler.has_work:
-            self.scheduler.drop(self._in_flight.popleft().plan)
-        self._last_return = time.monotonic()
-        return self._take_ready()
-
-    def _take_ready(self) -> list[RequestOutput]:
+        self._expire()
+        if not self._ready:
+            with self._recovery():
+                self._run_step()
         outputs, self._ready = self._ready, []
         return outputs
+
+    def _expire(self) -> None:
+        """Ends the requests whose timeout has passed."""
+        with uninterrupted():
+            self._ready += [self._output(request_id) for request_id in self.scheduler.expire(time.monotonic())]
+
+    def _run_step(self) -> None:
+        """Starts what the device has room for, waits for the oldest step and commits it."""
+        self._note_pause()
+        # While a program is being compiled, the next step may need it: the tokens in flight would wait for that too.
+        most = 2 if self.config.async_scheduling and not self.runner.programs.is_compiling else 1
+        while len(self.scheduler.steps) < most and (plan := self._schedule()) is not None:
+            self._dispatch(plan)
+        if self.scheduler.steps:
+            self._end_oldest()
+        if not self.scheduler.has_work:
+            self.scheduler.drop_steps()
+            self._dispatched.clear()
+        self._last_return = time.monotonic()
+
+    def _end_steps(self) -> None:
+        """Ends all steps under way; the next call of `step` returns their outputs."""
+        with self._recovery():
+            while self.scheduler.steps:
+                self._end_oldest()
 
     @contextmanager
     def _recovery(self) -> Iterator[None]:
@@ -382,7 +315,7 @@ class LLMEngine:
             yield
         except BaseException as error:
             with uninterrupted():
-                self._in_flight.clear()
+                self._dispatched.clear()
                 if self.hosts is not None:
                     raise_of_hosts(self.hosts, error)
                 try:
@@ -391,112 +324,102 @@ class LLMEngine:
                     self.scheduler.preempt_all()
             raise
 
-    def _plan(self) -> StepPlan | None:
+    @property
+    def scheduled_last(self) -> set[str]:
+        """Ids of the unfinished requests in the newest step; where scheduling it failed, of those that it may have failed for."""
+        # An id may belong to another request by now.
+        return {request.request_id for request in self._last_scheduled if request.status is not RequestStatus.FINISHED}
+
+    def _schedule(self) -> StepPlan | None:
         with uninterrupted():
-            return self.scheduler.schedule()
+            try:
+                plan = self.scheduler.schedule()
+            except BaseException:
+                self._last_scheduled = [*self.scheduler.running, *self.scheduler.waiting.ordered()[:1]]
+                raise
+        if plan is not None:
+            self._last_scheduled = plan.requests
+        return plan
 
     def _dispatch(self, plan: StepPlan) -> None:
         self._wait_for_weights()
-        self._last_plan = plan
         table, num_compilations = self.scheduler.table, self.runner.num_compilations
         started = time.monotonic()
-        running = self.runner.dispatch(plan, table.tokens)
-        self._in_flight.append(_Step(plan, running, started))
+        self._dispatched[plan] = _Dispatched(self.runner.dispatch(plan, table.tokens), started)
         if self.runner.num_compilations > num_compilations:
             self._forget_times()
 
     def _end_oldest(self) -> None:
         """Waits for the oldest step and commits it. Where the device fails, nothing has changed."""
-        step = self._in_flight[0]
-        result = self.runner.fetch(step.running)
+        plan = self.scheduler.steps[0]
+        result = self.runner.fetch(self._dispatched[plan].handle)
         with uninterrupted():  # Ctrl-C between two requests would leave some of them without their token
-            self._in_flight.popleft()
-            self._ready += self._commit(step, result)
+            now = time.monotonic()
+            changed = self._commit(plan, result, now)
+            self._record(plan, self._dispatched.pop(plan), changed, now)
+
+    def _commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Request]:
+        """Takes what a step has computed, and makes the outputs of the requests that it changes; these."""
+        changed = [*plan.requests, *plan.sampled]  # where committing fails half-way, any of them
+        try:
+            failed = self._observe_prompts(plan, result, now)
+            top = result.top_tokens, result.top_logprobs
+            changed = failed + self.scheduler.commit(plan, result.tokens, now, top, partial(self._views.observe, result))
+        finally:
+            ids = dict.fromkeys(request.request_id for request in changed if request in self._views)  # in the order of the plan
+            self._ready += [self._output(request_id) for request_id in ids]
+        return changed
+
+    def _observe_prompts(self, plan: StepPlan, result: StepResult, now: float) -> list[Request]:
+        """Takes log-probabilities of prompt tokens; the requests for which that failed."""
+        first, failed = 0, []
+        for index, start, stop in plan.scored:
+            assert result.prompt is not None
+            request = plan.requests[index]
+            try:
+                if request.status is not RequestStatus.FINISHED:
+                    self._views.observe_prompt(request, result.prompt, first, start, stop)
+            except Exception as error:
+                self.scheduler.fail(request, error, now)
+                failed.append(request)
+            first += stop - start
+        return failed
+
+    def _output(self, request_id: str) -> RequestOutput:
+        """A request as it is; forgotten when all its sequences have ended."""
+        try:
+            output = self._views.output(request_id)
+        except Exception as error:
+            self.scheduler.abort(request_id)
+            output = self._views.failed_output(request_id, error)
+        if output.finished:
+            self._views.forget(request_id)
+        return output
+
+    # ---- figures
 
     def _note_pause(self) -> None:
         """A step that ended while nobody called says nothing about its time."""
-        if self._in_flight and time.monotonic() - self._last_return > LONG_PAUSE and self._in_flight[0].running.has_ended:
+        if not self.scheduler.steps or time.monotonic() - self._last_return <= LONG_PAUSE:
+            return
+        if self._dispatched[self.scheduler.steps[0]].handle.has_ended:
             self._forget_times()
 
     def _forget_times(self) -> None:
-        for step in self._in_flight:
-            step.is_timed = False
+        for dispatched in self._dispatched.values():
+            dispatched.is_timed = False
 
-    def _commit(self, step: _Step, result: StepResult) -> list[RequestOutput]:
-        now, plan = time.monotonic(), step.plan
-        places = {id(request): index for index, request in enumerate(plan.sampled)}
-        changed: dict[str, None] = {}  # in the order of the plan
-        for request in self._observe_prompts(plan, result):
-            changed[request.request_id] = None
-        for request in self.scheduler.commit(plan, result.tokens, now, (result.top_tokens, result.top_logprobs)):
-            try:
-                self._observe(request, result, places[id(request)], now)
-            except Exception as error:
-                self._fail(request, error)
+    def _record(self, plan: StepPlan, dispatched: _Dispatched, changed: Iterable[Request], now: float) -> None:
+        """Counts a step that was committed, and tells `on_step`."""
+        for request in changed:
             self._count(request)
-            changed[request.request_id] = None
         self._counters.num_steps += 1
-        outputs = [self._output(request_id) for request_id in changed]
-        seconds = now - max(step.started, self._last_end) if step.is_timed else None
+        seconds = now - max(dispatched.started, self._last_end) if dispatched.is_timed else None
         prefill = int(plan.counts[plan.num_decode :].sum())
         if seconds is not None:
             self.scheduler.kv.swap.cost.observe_step(prefill, plan.num_tokens, seconds)
         self._last_end = now
         self._tell(StepStats(seconds, prefill, plan.num_decode, len(plan.rows)))
-        return outputs
-
-    def _observe_prompts(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        """Takes log-probabilities of prompt tokens; the requests for which that failed."""
-        first, failed = 0, []
-        for index, start, stop in plan.scored:
-            assert result.prompt is not None
-            try:
-                self._views.observe_prompt(plan.requests[index], result.prompt, first, start, stop)
-            except Exception as error:
-                self._fail(plan.requests[index], error)
-                failed.append(plan.requests[index])
-            first += stop - start
-        return failed
-
-    def _output(self, request_id: str) -> RequestOutput:
-        try:
-            return self._views.output(request_id)
-        except Exception as error:
-            self.scheduler.abort(request_id)
-            return self._views.failed_output(request_id, error)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        """Ends a request for which something went wrong on the host; all others go on."""
-        self.scheduler.fail(request, error)
-        request.metrics.finished_time = time.monotonic()
-        self._views.fail(request, 0)
-
-    def _tell(self, stats: StepStats) -> None:
-        """Calls `on_step`; what fails there is the caller's, and no request's."""
-        if self.on_step is None:
-            return
-        try:
-            self.on_step(stats)
-        except Exception:
-            log.exception("on_step failed; requests go on")
-
-    def _drain(self) -> None:
-        """Ends what is in flight; the next step returns its outputs."""
-        with self._recovery():
-            while self._in_flight:
-                self._end_oldest()
-
-    def _observe(self, request: Request, result: StepResult, index: int, now: float) -> None:
-        if request.finish_reason == "error":
-            self._views.fail(request, int(result.tokens[index]))
-        elif request.beam is None:
-            stop = self._views.observe(request, result, index)
-            if stop is not None and request.finish_reason is None:
-                self.scheduler.finish(request, "stop", stop)
-            elif stop is not None:
-                request.finish_reason, request.stop_reason = "stop", stop
-        if request.finish_reason is not None:
-            request.metrics.finished_time = now
 
     def _count(self, request: Request) -> None:
         counters, search = self._counters, request.beam
@@ -508,9 +431,19 @@ class LLMEngine:
             counters.prefix_cache_queries += len(request.prompt_token_ids) if self.config.enable_prefix_caching else 0
             counters.prefix_cache_hits += request.num_cached_tokens or 0
 
+    def _tell(self, stats: StepStats) -> None:
+        """Calls `on_step`; what fails there is the caller's, and no request's."""
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(stats)
+        except Exception:
+            log.exception("on_step failed; requests go on")
+
     def close(self) -> None:
         """Stops the engine's threads, and the other hosts."""
-        self._loading.shutdown(wait=False, cancel_futures=True)
+        if self._loading is not None:
+            self._loading.close()
         self.runner.close()
         if self.hosts is not None:
             end(self.hosts)

@@ -73,7 +73,7 @@ class Intake:
             raise InvalidRequestError(f"params is {type(params).__name__}, but must be SamplingParams or BeamSearchParams")
         ids = self._prompt_ids(prompt, request_id)
         self._check_salt(cache_salt, request_id)
-        _check_turn(priority, timeout, request_id)
+        _check_priority_and_timeout(priority, timeout, request_id)
         if isinstance(params, SamplingParams) and params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
             ids = ids[-(self._max_model_len - 1 if keep == -1 else keep) :]
@@ -205,7 +205,7 @@ class Intake:
                 )
 
 
-def _check_turn(priority: int, timeout: float | None, request_id: str) -> None:
+def _check_priority_and_timeout(priority: int, timeout: float | None, request_id: str) -> None:
     if not isinstance(priority, int | np.integer) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
         raise InvalidRequestError(
             f"priority is {priority!r}, but must be an integer in [-{MAX_PRIORITY}, {MAX_PRIORITY}] (request {request_id!r})"

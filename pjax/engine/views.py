@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pjax.outputs import CompletionOutput, Logprob, RequestOutput
-from pjax.params import SamplingParams
 from pjax.runner import StepResult
 from pjax.sampling.prompt_logprobs import PromptScores
 from pjax.sampling.sampler import NO_TOKEN
@@ -38,7 +37,7 @@ class SequenceView:
 
 
 @dataclass(eq=False, slots=True)
-class _Group:
+class Group:
     """The sequences of one prompt."""
 
     prompt: str | None
@@ -54,14 +53,18 @@ class Views:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._groups
+    def __contains__(self, request: str | Request) -> bool:
+        """Whether anything is known of an id, or of this very request: its id may be another's by now."""
+        if isinstance(request, str):
+            return request in self._groups
+        group = self._groups.get(request.request_id)
+        return group is not None and group.sequences[request.index].request is request
 
-    def add(self, prompt: str | None, requests: list[Request], params: SamplingParams) -> None:
-        """Follows the sequences of one prompt from now on."""
-        first = requests[0]
+    def make(self, prompt: str | None, requests: list[Request]) -> Group:
+        """What callers will see of the sequences of one prompt; `add` follows them."""
+        first, params = requests[0], requests[0].params
         tokenizer = self._tokenizer if params.detokenize else None
 
         def view(request: Request) -> SequenceView:
@@ -70,7 +73,15 @@ class Views:
         scores: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             scores = [None] * len(first.prompt_token_ids)
-        self._groups[first.request_id] = _Group(prompt, list(first.prompt_token_ids), [view(request) for request in requests], scores)
+        return Group(prompt, list(first.prompt_token_ids), [view(request) for request in requests], scores)
+
+    def add(self, group: Group) -> None:
+        """Follows the sequences of one prompt from now on."""
+        self._groups[group.sequences[0].request.request_id] = group
+
+    def forget(self, request_id: str) -> None:
+        """Follows a request no longer: its last output was made."""
+        del self._groups[request_id]
 
     def observe_prompt(self, request: Request, scores: PromptScores, first: int, start: int, end: int) -> None:
         """Takes the log-probabilities of the tokens after positions `[start, end)` of a prompt; those computed again are the same.
@@ -78,17 +89,24 @@ class Views:
         Args:
           first: where they begin in `scores`.
         """
-        group = self._groups.get(request.request_id)
-        # An id may belong to another request by now.
-        if group is None or group.sequences[request.index].request is not request or group.prompt_logprobs is None:
+        group = self._groups[request.request_id]
+        if group.prompt_logprobs is None:
             return
         count, detokenize = request.params.prompt_logprobs or 0, request.params.detokenize
         for place, position in enumerate(range(start + 1, end + 1), first):
             row = (scores.logprobs[place], scores.ranks[place], scores.top_tokens[place], scores.top_logprobs[place])
             group.prompt_logprobs[position] = self._entries(request.prompt_token_ids[position], *row, count, detokenize)
 
-    def observe(self, request: Request, result: StepResult, index: int) -> str | None:
-        """Takes a sequence's newest token, sample `index` of the step; the stop string that its text ends with, if any."""
+    def observe(self, result: StepResult, request: Request, index: int, reason: str | None) -> str | None:
+        """Takes a sequence's newest token, sample `index` of the step.
+
+        Args:
+          reason: why the sequence ends with it; None when it goes on.
+
+        Returns the stop string that its text ends with, if any; with reason "error" a message that says why no token was sampled.
+        """
+        if reason == "error":
+            return _describe_failure(request, int(result.tokens[index]))
         sequence = self._groups[request.request_id].sequences[request.index]
         if request.params.needs_logprobs:
             sequence.cumulative_logprob += float(result.logprobs[index])
@@ -99,31 +117,11 @@ class Views:
         if sequence.detokenizer is None:
             return None
         # As in vLLM: the text of the token that ended it is kept only if asked for.
-        hidden = request.finish_reason == "stop" and not request.params.include_stop_str_in_output
+        hidden = reason == "stop" and not request.params.include_stop_str_in_output
         sequence.text += "" if hidden else sequence.detokenizer.append(request.output_token_ids[-1:])
-        if sequence.detokenizer.stop_reason is None and request.finish_reason is not None:
+        if sequence.detokenizer.stop_reason is None and reason is not None:
             sequence.text += sequence.detokenizer.finish()
         return sequence.detokenizer.stop_reason
-
-    def fail(self, request: Request, failure: int) -> None:
-        """Says why a sequence, or the search of a beam, or a request has ended with reason "error".
-
-        Args:
-          failure: a key of FAILURES, where it ended for want of a token; `request.error` comes first.
-        """
-        if request.error is not None and request.stop_reason is not None:
-            return  # said already, with another sequence of the request
-        if request.error is not None:
-            message = f"{type(request.error).__name__}: {request.error} (request {request.request_id!r})"
-            log.error("%s", message, exc_info=request.error)
-        else:
-            place = len(request.prompt_token_ids) + len(request.output_token_ids)
-            message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
-            log.warning("%s", message)
-        for sequence in self._groups[request.request_id].sequences:
-            ends_too = sequence.request.finish_reason == "error" and sequence.request.stop_reason is None
-            if sequence.request is request or (ends_too and (request.error is not None or request.beam is not None)):
-                sequence.request.stop_reason = message
 
     def _entries(
         self, token: int, logprob: Any, rank: Any, top_tokens: Any, top_logprobs: Any, count: int, detokenize: bool
@@ -136,11 +134,11 @@ class Views:
         return {t: Logprob(value, rank, decode([t], skip_special_tokens=False) if decode else None) for t, (value, rank) in entries.items()}
 
     def output(self, request_id: str) -> RequestOutput:
-        """A request as it is; forgotten when all its sequences have ended."""
+        """A request as it is."""
         group = self._groups[request_id]
         first, scores = group.sequences[0].request, group.prompt_logprobs
         finished = all(sequence.request.finish_reason is not None for sequence in group.sequences)
-        output = RequestOutput(
+        return RequestOutput(
             request_id=request_id,
             prompt=group.prompt,
             prompt_token_ids=group.prompt_token_ids,
@@ -150,13 +148,10 @@ class Views:
             num_cached_tokens=first.num_cached_tokens,
             metrics=replace(first.metrics, finished_time=first.metrics.finished_time if finished else None),
         )
-        if finished:
-            del self._groups[request_id]
-        return output
 
     def failed_output(self, request_id: str, error: Exception) -> RequestOutput:
-        """The last output of a request of which `output` failed: its tokens, with reason "error"; it is forgotten."""
-        group = self._groups.pop(request_id)
+        """The last output of a request of which `output` failed: its tokens, with reason "error"."""
+        group = self._groups[request_id]
         message = f"{type(error).__name__}: {error} (request {request_id!r})"
         log.error("%s", message, exc_info=error)
         first = group.sequences[0].request
@@ -179,7 +174,7 @@ class Views:
             metrics=first.metrics,
         )
 
-    def _found(self, search: BeamSearch, group: _Group) -> list[CompletionOutput]:
+    def _found(self, search: BeamSearch, group: Group) -> list[CompletionOutput]:
         """The finished sequences, and the beams as they are where the search was ended from outside or has failed."""
         found: list[tuple[list[int], float, str, int | str | None]]
         found = [(one.tokens, one.cum_logprob, "stop" if one.ended else "length", None) for one in search.finished]
@@ -201,6 +196,14 @@ class Views:
             )
             for index, (tokens, total, reason, stop_reason) in enumerate(found)
         ]
+
+
+def _describe_failure(request: Request, failure: int) -> str:
+    """Why a request got no token, which is logged too; `failure` is a key of FAILURES."""
+    place = len(request.prompt_token_ids) + len(request.output_token_ids)
+    message = f"no token {place} could be sampled: {FAILURES[failure]} (request {request.request_id!r})"
+    log.warning("%s", message)
+    return message
 
 
 def _completions(sequences: list[SequenceView]) -> list[CompletionOutput]:

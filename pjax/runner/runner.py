@@ -267,10 +267,14 @@ class ModelRunner:
         params, row = request.params, request.row
         temperature = 1.0 if request.beam is None else request.beam.temperature
         flags = flags_of(request.rules, [self._processors[name] for name in params.logits_processors or ()])
-        turn, length = request.metrics.num_preemptions, len(request.prompt_token_ids)
         table = self._sampling
-        has_stops = request.rules is not None and bool(request.rules.stops)
-        if not table.set(row, request, params, request.seed, temperature, turn=turn, prompt_len=length, flags=flags, has_stops=has_stops):
+        more: dict[str, Any] = {
+            "num_preemptions": request.metrics.num_preemptions,
+            "prompt_len": len(request.prompt_token_ids),
+            "flags": flags,
+            "has_stops": request.rules is not None and bool(request.rules.stops),
+        }
+        if not table.set(row, request, params, request.seed, temperature, **more):
             return None
         known = np.array(request.tokens_between(0, request.num_tokens), np.int32) if params.needs_history else None
         return NewRow(row, table.floats[row].copy(), table.ints[row].copy(), request.rules, known)

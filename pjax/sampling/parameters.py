@@ -98,20 +98,22 @@ class SamplingTable:
         seed: int,
         logprob_temperature: float = 1.0,
         *,
-        turn: int = 0,
+        num_preemptions: int = 0,
         prompt_len: int = 0,
         flags: int = 0,
         has_stops: bool = True,
     ) -> bool:
-        """Writes a row, unless it is this owner's already, in its turn of so many; whether it did.
+        """Writes a row, unless it holds this owner's parameters already; whether it did.
 
         Args:
+          num_preemptions: of the owner so far. One that was preempted since its row was written may have come back to the same row
+            after another owner, or after a step that failed: the row is written again.
           has_stops: whether tokens of the row's own are forbidden before `min_tokens`. Without any, the row's table of them is not
             written, and may hold those of the request that had the row before.
         """
-        if (known := self._owners[row]) is not None and known[0] is owner and known[1] == turn:
+        if (known := self._owners[row]) is not None and known[0] is owner and known[1] == num_preemptions:
             return False
-        self._owners[row] = owner, turn
+        self._owners[row] = owner, num_preemptions
         floats: dict[str, float] = {name: getattr(params, name) for name in FLOATS if name != "logprob_temperature"}
         floats |= {"logprob_temperature": logprob_temperature}
         for name in ("temperature", "logprob_temperature"):

@@ -14,7 +14,7 @@ from pjax.scheduler.request import Request
 NO_BLOCKS = np.zeros((0, 2), np.int32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """n rows; those with exactly one token come first. Row i computes positions `[starts[i], starts[i] + counts[i])`.
 

@@ -48,7 +48,7 @@ class Request:
     num_computed: int = 0
     """Tokens whose keys and values are in the pages once the steps under way have ended: `[0, num_computed)`."""
     num_in_flight: int = 0
-    """Steps under way that sample its next token; the host does not know that one yet."""
+    """Tokens that steps under way sample for it, and that the host does not know yet. `Scheduler` alone counts them."""
     row: int = -1
     """Row of the sequence table; -1 when not running."""
     order: int = -1
@@ -70,10 +70,9 @@ class Request:
     """Keys of its first full pages, as far as they were needed."""
     num_cached_tokens: int | None = None
     """Tokens that were in the pages already when it first ran; None before."""
-    error: Exception | None = None
-    """What went wrong with it on the host, where it ended with reason "error" for that."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; with reason "error" a message."""
 
     @property
     def num_tokens(self) -> int:

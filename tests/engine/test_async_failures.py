@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import pytest
 
-from pjax import AsyncLLM, ConfigError, EngineDeadError, InvalidRequestError, models
+from pjax import AsyncLLM, ConfigError, EngineDeadError, InvalidRequestError, LLMEngine, models
 from pjax.engine import async_llm
 from tests.engine.common import OPTIONS, greedy
 
@@ -134,11 +134,11 @@ def test_an_engine_whose_thread_fails_is_dead_and_tells_everybody(
             monkeypatch.setattr(async_llm, "_put_all", None)
             monkeypatch.setattr(served, "_streams", Failing(served._streams, error))
         else:
-            monkeypatch.setattr(served.engine.scheduler, "sequences", None)
+            monkeypatch.setattr(LLMEngine, "has_unfinished_requests", property(raising(error)))
         for task in (reading, *waiting):
             await told(task, "the engine died: ")
         assert not served.is_running and served.error is not None
-        assert where == "work is looked for" or served.error is error
+        assert served.error is error
         await told(tokens(served, [1], 2), "the engine died: ")
         await told(served.abort("y"), "the engine died: ")
 
@@ -173,15 +173,15 @@ def test_other_hosts_are_told_when_the_thread_fails(served: AsyncLLM, monkeypatc
 
 
 def test_a_request_that_cannot_be_queued_fails_alone(served: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sequences are queued already when the text of its prompt fails; they are taken back."""
-    add = served.engine._views.add
+    """The text of its prompt fails: nothing of it is queued, and it takes no number, from which others' seeds are made."""
+    make = served.engine._views.make
 
-    def failing(text: str | None, requests: Any, params: Any) -> None:
+    def failing(text: str | None, requests: Any) -> Any:
         if requests[0].request_id == "bad":
             raise KeyError("no such token")
-        add(text, requests, params)
+        return make(text, requests)
 
-    monkeypatch.setattr(served.engine._views, "add", failing)
+    monkeypatch.setattr(served.engine._views, "make", failing)
 
     async def main() -> None:
         beside = asyncio.create_task(tokens(served, PROMPTS[0], 10))
@@ -274,6 +274,26 @@ class LateInbox:
             self._llm.close()
             assert self._llm.has_ended
         self._inbox.put(call)
+
+
+def test_what_is_ready_without_a_step_does_not_hide_that_steps_fail(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two failing steps the engine gives what is ready: the device has not worked meanwhile."""
+    step, calls = served.engine.step, [0]
+
+    def failing() -> list[Any]:
+        calls[0] += 1
+        return raising(RuntimeError("no device"))() if calls[0] % 2 else []
+
+    monkeypatch.setattr(served.engine, "step", failing)
+
+    async def main() -> None:
+        many = [asyncio.create_task(tokens(served, [1, count], 4)) for count in range(9)]
+        (await asyncio.wait(many, timeout=60))[0]
+        assert {type(task.exception()).__name__ for task in many} == {"EngineDeadError"}
+
+    asyncio.run(main())
+    assert calls[0] == 2 * async_llm.MAX_FAILURES - 1 and served.error is not None
+    monkeypatch.setattr(served.engine, "step", step)
 
 
 @pytest.mark.parametrize("call", ["abort", "generate"])

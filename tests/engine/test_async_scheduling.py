@@ -62,7 +62,7 @@ def run(engine: LLMEngine, requests: list[tuple[list[int], Any]], abort: str | N
         if abort is not None and engine.scheduler.num_running:
             engine.abort_request(abort)
         engine.scheduler.check()
-    assert engine.scheduler.pool.num_used == 0 and not engine._in_flight
+    assert engine.scheduler.pool.num_used == 0 and not engine.scheduler.steps
     return done
 
 

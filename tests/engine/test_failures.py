@@ -88,7 +88,9 @@ def press_ctrl_c() -> None:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("call", [1, 4])
 @pytest.mark.parametrize(
-    ("part", "method"), [("scheduler", "schedule"), ("runner", "dispatch"), ("runner", "_start"), ("runner", "fetch")], ids=str
+    ("part", "method"),
+    [("scheduler", "schedule"), ("runner", "dispatch"), ("runner", "_start"), ("runner", "fetch"), ("scheduler", "commit")],
+    ids=str,
 )
 def test_a_failed_step_loses_nothing(
     llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, method: str, call: int, after: bool
@@ -102,7 +104,7 @@ def test_a_failed_step_loses_nothing(
 @pytest.mark.parametrize("call", [1, 6])
 @pytest.mark.parametrize(
     ("part", "method"),
-    [("scheduler", "schedule"), ("scheduler.sequences", "append"), ("_views", "observe"), ("_views", "output"), ("runner", "fetch")],
+    [("scheduler", "schedule"), ("scheduler", "_append"), ("_views", "observe"), ("_views", "output"), ("runner", "fetch")],
     ids=str,
 )
 def test_ctrl_c_loses_nothing(
@@ -137,10 +139,11 @@ def check_ctrl_c(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 
 HOST_PARTS = {
-    ("scheduler", "_take"): ("scored", "two", "beams"),
-    ("scheduler", "_stop"): ("scored", "two"),
-    ("scheduler.sequences", "append"): ("scored", "two", "beams"),
-    ("scheduler.sequences", "advance"): ("beams",),
+    ("scheduler", "_take_token"): ("scored", "two"),
+    ("scheduler", "_take_candidates"): ("beams",),
+    ("scheduler", "_why_it_ends"): ("scored", "two"),
+    ("scheduler", "_append"): ("scored", "two", "beams"),
+    ("scheduler", "_continue_beams"): ("beams",),
     ("_views", "observe"): ("scored", "two"),
     ("_views", "observe_prompt"): ("scored",),
     ("_views", "_entries"): ("scored",),
@@ -221,11 +224,81 @@ def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
     engine = llm.engine
     engine.add_request("hello", greedy(1), "a")
     with engine._recovery():
-        engine._dispatch(engine._plan())  # type: ignore[arg-type]
+        engine._dispatch(engine._schedule())  # type: ignore[arg-type]
         engine._end_oldest()
     output = engine.abort_request("a")
     assert output is not None and output.finished and len(output.outputs[0].token_ids) == 1
     assert engine.abort_request("a") is None and not engine.has_unfinished_requests
+
+
+def test_a_step_that_is_not_scheduled_fails_for_those_that_it_was_for(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for those of the step before."""
+    engine = llm.engine
+    engine.add_request("hello", greedy(1), "before")
+    while engine.has_unfinished_requests:
+        engine.step()
+    add_all(engine)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.scheduler.kv, "find_cached", lambda request: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    assert engine.scheduled_last == {"greedy"}, "the first that waits"
+    engine.step()
+    assert engine.scheduled_last == set(REQUESTS) - {"two"}, "there are four rows"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.scheduler.kv, "extend", lambda request, count: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    assert engine.scheduled_last == set(REQUESTS), "all that run, and the first that waits"
+    assert run(engine) == expected
+
+
+def test_a_request_is_queued_whole_or_not_at_all(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails on the way takes no number, from which the next one's seed is made."""
+    engine, sampled = llm.engine, SamplingParams(temperature=1, max_tokens=4, ignore_eos=True)
+    numbers = iter([[7], [7]])
+    monkeypatch.setattr(engine._intake, "_next_seed", lambda: next(numbers)[0])
+    alone = ids(llm, "hello", sampled)
+    with monkeypatch.context() as patched:
+        patched.setattr("pjax.engine.views.Detokenizer", lambda *arguments: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.add_request("hello", sampled, "half")
+    engine.scheduler.check()
+    assert not engine.has_unfinished_requests and "half" not in engine._views
+    assert ids(llm, "hello", sampled) == alone
+
+
+def test_what_is_ready_is_returned_without_a_step(llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose timeout has passed does not wait for a device that fails."""
+    engine = llm.engine
+    add_all(engine)
+    engine.add_request("late", greedy(4), "late", timeout=1e-9)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "fetch", lambda step: raise_error())
+        num_steps = engine.num_steps
+        (output,) = engine.step()
+        assert (output.request_id, output.outputs[0].finish_reason, engine.num_steps) == ("late", "timeout", num_steps)
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+        assert engine.num_steps == num_steps
+    assert run(engine) == expected and engine.num_steps > num_steps
+
+
+def test_outputs_that_were_made_before_a_failure_come_with_the_next_step(
+    llm: LLM, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the step was committed when its figures fail."""
+    engine = llm.engine
+    engine.add_request("hello", greedy(1), "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_count", lambda request: raise_error())
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.step()
+    (output,) = engine.step()
+    assert (output.request_id, output.finished, output.outputs[0].token_ids) == ("a", True, expected["greedy"][0][0][1][:1])
+    assert not engine.has_unfinished_requests
 
 
 def test_a_callback_that_fails_is_the_callers_business(
@@ -242,7 +315,7 @@ def test_an_update_whose_drain_fails_changes_nothing(llm: LLM, expected: dict[st
     engine = llm.engine
     add_all(engine)
     engine.step()
-    assert engine._in_flight, "a step is under way"
+    assert engine.scheduler.steps, "a step is under way"
     before = engine.params
     with monkeypatch.context() as patched:
         patched.setattr(engine.runner, "fetch", lambda step: raise_error())
@@ -262,7 +335,7 @@ def test_an_id_that_is_used_again_while_its_step_is_under_way(llm: LLM) -> None:
     engine.step()
     engine.add_request(prompt, params, "again")
     engine.step()
-    assert any(request.request_id == "again" for step in engine._in_flight for request in step.plan.requests)
+    assert any(request.request_id == "again" for plan in engine.scheduler.steps for request in plan.requests)
     engine.abort_request("again")
     assert "again" not in engine.scheduled_last
     engine.add_request("abc", short, "again")
@@ -287,7 +360,7 @@ def test_steps_that_were_not_timed_alone_have_no_time(llm: LLM, monkeypatch: pyt
     engine.step()
     cost = engine.scheduler.kv.swap.cost
     before = cost.seconds_per_token
-    engine._in_flight[0].running.wait()
+    engine._dispatched[engine.scheduler.steps[0]].handle.wait()
     time.sleep(3 * LONG_PAUSE)
     engine.step()
     assert told[-1].seconds is None and told[-1].num_prefill_tokens > 0

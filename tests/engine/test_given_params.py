@@ -103,8 +103,9 @@ def test_pages_that_were_saved_reach_nobody_after_an_update(folders: tuple[Path,
     for _ in range(3):
         engine.step()
     engine.update_params(models.load(folders[1], layer_mode="loop", progress=False))
-    engine.scheduler.sequences.preempt(engine.scheduler.sequences.running.last)
-    engine.step()
+    engine.scheduler.preempt(engine.scheduler.running.last)
+    for _ in range(2):  # the first returns what the update has ended
+        engine.step()
     assert engine.scheduler.kv.swap.num_restored_pages > 0
     while engine.has_unfinished_requests:
         engine.step()

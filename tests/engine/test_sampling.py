@@ -132,7 +132,7 @@ def test_prompts_preempted_half_way_keep_their_logprobs(folder: Path) -> None:
         engine.add_request(prompt, params, "one")
         for _ in range(steps):
             assert not any(output.finished for output in engine.step())
-        engine._drain()
+        engine._end_steps()
         engine.scheduler.preempt_all()
         outputs: list[RequestOutput] = []
         while engine.has_unfinished_requests:

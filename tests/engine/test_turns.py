@@ -69,8 +69,8 @@ def test_a_deadline_ends_a_request_with_what_it_has(llm: LLM, params: SamplingPa
     tokens = 0
     while tokens < 5:
         tokens = max(len(o.outputs[0].token_ids) for o in engine.step() if o.request_id == "late")
-    engine.scheduler.sequences.deadlines.remove("late")
-    engine.scheduler.sequences.deadlines.add("late", time.monotonic() - 1)  # an hour has passed
+    engine.scheduler.deadlines.remove("late")
+    engine.scheduler.deadlines.add("late", time.monotonic() - 1)  # an hour has passed
     (output,) = engine.step()
     assert (output.request_id, output.finished, len(output.outputs)) == ("late", True, params.n)
     assert {(one.finish_reason, len(one.token_ids)) for one in output.outputs} == {("timeout", tokens)}

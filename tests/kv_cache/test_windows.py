@@ -121,7 +121,7 @@ def test_what_is_saved_is_what_the_window_reaches() -> None:
     for _ in range(4):
         step(scheduler)
     held = [list(scheduler.kv.pages_of(request, group)) for group in (0, 1)]
-    scheduler.sequences.preempt(request)
+    scheduler.preempt(request)
     pool = scheduler.pool
     pool.free(pool.allocate(pool.num_free))  # evicts all
     plan = scheduler.schedule(0.0)

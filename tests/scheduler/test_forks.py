@@ -136,7 +136,7 @@ def test_a_preempted_leader_takes_its_followers_along() -> None:
     scheduler.add(old)
     scheduler.add(*samples)
     commit(scheduler, schedule(scheduler))
-    scheduler.sequences.preempt(samples[0])
+    scheduler.preempt(samples[0])
     scheduler.check()
     assert [r.status.value for r in samples] == ["waiting", "following"] and scheduler.table.num_free_rows == 3
     while scheduler.has_work:

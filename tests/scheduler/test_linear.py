@@ -97,7 +97,7 @@ def test_those_that_wait_do_not_slow_ends_starts_and_preemptions() -> None:
             for number in range(4):
                 scheduler.abort(str(number))
                 scheduler.abort(str(64 + 2 * number))  # of those that wait
-            scheduler.sequences.preempt(scheduler.sequences.running.last)
+            scheduler.preempt(scheduler.running.last)
             step()
 
         return count_lines(turn)

@@ -59,7 +59,7 @@ def test_the_poorest_priority_is_preempted_first() -> None:
     assert step(scheduler) == ["poor", "good"], "the row of one token first"
     while step(scheduler) == ["good", "poor"]:
         pass
-    good, poor = (scheduler.sequences.unfinished[name][0] for name in ("good", "poor"))
+    good, poor = (scheduler.unfinished[name][0] for name in ("good", "poor"))
     assert (good.metrics.num_preemptions, poor.metrics.num_preemptions) == (0, 1), "though the poor one came first"
     while scheduler.has_work:
         step(scheduler)
@@ -93,7 +93,7 @@ def test_nobody_starves_under_endless_load_of_better_priorities(seed: int, level
                 short.add(request.request_id)
         started = set(step(scheduler, now))
         late = {name for name in started - short - {"poor"} if arrivals[name] > per_level * levels}
-        first = all(name == "poor" or arrivals[name] > per_level * levels for name in scheduler.sequences.unfinished)
+        first = all(name == "poor" or arrivals[name] > per_level * levels for name in scheduler.unfinished)
         if first and poor.status is RequestStatus.RUNNING:
             assert "poor" in started, "it is first in rank, so it advances in every step"
         assert not late or poor.status is not RequestStatus.WAITING, "passed by one that came after its time"
@@ -124,7 +124,7 @@ def test_deadlines_of_ended_requests_are_not_kept() -> None:
     for number in range(1000):
         scheduler.add(make_request(str(number), deadline=1e9))
         scheduler.abort(str(number))
-    assert len(scheduler.sequences.deadlines) == 0 and len(scheduler.sequences.deadlines._heap) <= 65
+    assert len(scheduler.deadlines) == 0 and len(scheduler.deadlines._heap) <= 65
     scheduler.add(make_request("7", deadline=None))
     assert scheduler.expire(2e9) == [], "another of the same id has none"
 
@@ -180,7 +180,7 @@ def test_preempted_ones_come_back_to_their_place(count: int) -> None:
     for number in range(20):
         scheduler.add(make_request(str(number), priority=number % 2))
     first = step(scheduler)
-    for request in list(scheduler.sequences.running):
-        scheduler.sequences.preempt(request)
+    for request in list(scheduler.running):
+        scheduler.preempt(request)
     scheduler.check()
     assert step(scheduler) == first

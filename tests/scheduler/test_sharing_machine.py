@@ -276,7 +276,7 @@ class SharingMachine(RuleBasedStateMachine):
     def preempt(self, index: int) -> None:
         running = self.sequences(RequestStatus.RUNNING)
         before = self.scheduler.kv.swap.num_saved_pages
-        self.scheduler.sequences.preempt(running[index % len(running)])
+        self.scheduler.preempt(running[index % len(running)])
         SharingMachine.seen["saved"] += self.scheduler.kv.swap.num_saved_pages - before
         self.device.swap(*self.scheduler.kv.swap.take())
         self.count("preempt")

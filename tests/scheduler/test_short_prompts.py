@@ -50,7 +50,7 @@ def test_with_a_step_under_way_as_well() -> None:
     assert plan is not None and [request.request_id for request in plan.sampled] == ["short"]
     scheduler.commit(under_way, [], 0.0)
     scheduler.commit(plan, [9], 0.0)
-    assert scheduler.sequences.unfinished["short"][0].output_token_ids == [9]
+    assert scheduler.unfinished["short"][0].output_token_ids == [9]
 
 
 def test_several_get_a_fourth_together_and_first_come_first_served() -> None:
@@ -73,7 +73,7 @@ def test_what_has_begun_is_ended_first() -> None:
 
 def test_long_prompts_advance_however_many_short_ones_come() -> None:
     scheduler, number = make(900, 500), 0
-    while "long 1" in scheduler.sequences.unfinished:
+    while "long 1" in scheduler.unfinished:
         for _ in range(3):
             number += 1
             scheduler.add(make_request(str(number), 1 + number % 16, 1 + number % 3))
@@ -100,7 +100,7 @@ def test_the_first_of_those_that_wait_keeps_its_row() -> None:
     for name in "abc":
         scheduler.add(make_request(name, 4, 100))
     assert step(scheduler) == {"a": 4, "b": 4, "long 0": 60}, "four rows: one is left for long 1"
-    assert scheduler.sequences.unfinished["c"][0].status is RequestStatus.WAITING
+    assert scheduler.unfinished["c"][0].status is RequestStatus.WAITING
 
 
 @pytest.mark.parametrize("waiting", [300, 303])

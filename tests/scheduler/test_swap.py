@@ -57,7 +57,7 @@ def test_pages_go_out_and_come_back_and_only_one_token_is_computed() -> None:
     scheduler = make(a)
     step(scheduler)
     pages = scheduler.kv.pages_of(a)[:3]
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     evict_all(scheduler)
     plan = step(scheduler)
     assert plan.swap_outs.tolist() == [[pages[0], 0], [pages[1], 1], [pages[2], 2]]
@@ -70,7 +70,7 @@ def test_pages_that_still_live_are_not_copied_back() -> None:
     (a,) = make_requests("a", [*range(1, 11)])
     scheduler = make(a)
     step(scheduler)
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     plan = step(scheduler)
     assert len(plan.swap_outs) == 3 and plan.starts.tolist() == [10]
     assert len(plan.swap_ins) == 1, "the two full ones are found in the pool; the last one has no key"
@@ -81,7 +81,7 @@ def test_a_page_that_two_share_is_saved_once() -> None:
     scheduler = make(a, b)
     step(scheduler)
     for request in (b, a):
-        scheduler.sequences.preempt(request)
+        scheduler.preempt(request)
     scheduler.check()
     outs, _ = scheduler.kv.swap.take()
     assert len(outs) == 2 + 1 + 1
@@ -102,7 +102,7 @@ def test_a_page_that_was_to_be_copied_is_saved_from_where_its_contents_are() -> 
         assert scheduler.kv.extend(request, 8)
     youngest = first if scheduler.kv.pages_of(first)[1] != shared[1] else second
     assert scheduler.kv.pages_of(youngest)[1] != shared[1]
-    scheduler.sequences.preempt(youngest)
+    scheduler.preempt(youngest)
     outs, _ = scheduler.kv.swap.take()
     assert [page for page, _ in outs] == shared and scheduler.kv.take_copies() == []
 
@@ -111,10 +111,10 @@ def test_slots_that_a_step_reads_are_not_given_away_in_it() -> None:
     (a,), (b,) = make_requests("a", [*range(1, 10)]), make_requests("b", [*range(20, 30)])
     scheduler = make(a, b, num_host_slots=3, enable_prefix_caching=False)
     step(scheduler)
-    scheduler.sequences.preempt(b)
+    scheduler.preempt(b)
     swap = scheduler.kv.swap
     swap.take()
-    scheduler.sequences.start(b, CachedPrefix(0, (PageRun([]),)), 0.0)
+    scheduler._start({}, b, CachedPrefix(0, (PageRun([]),)), 0, 0.0)
     scheduler.check()
     assert not swap.save(a, [PageRun(scheduler.kv.pages_of(a)[:3])], 9, 0), "all three slots are still read by the coming step"
     assert len(swap.take()[1]) == 3
@@ -127,7 +127,7 @@ def test_without_room_it_is_computed_again() -> None:
     scheduler = make(a, b, num_host_slots=4)
     step(scheduler)
     for request in (b, a):
-        scheduler.sequences.preempt(request)
+        scheduler.preempt(request)
     evict_all(scheduler)
     plan = step(scheduler)
     assert [(r.request_id, start) for r, start in zip(plan.requests, plan.starts.tolist(), strict=True)] == [("b", 10), ("a", 0)]
@@ -138,7 +138,7 @@ def test_one_slot_is_enough_for_one_page() -> None:
     (a,) = make_requests("a", [1, 2, 3])
     scheduler = make(a, num_host_slots=1)
     step(scheduler)
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     evict_all(scheduler)
     plan = step(scheduler)
     assert (len(plan.swap_outs), len(plan.swap_ins), plan.starts.tolist()) == (1, 1, [3])
@@ -150,7 +150,7 @@ def test_nothing_stays_saved_of_what_ended_or_was_lost(how: str) -> None:
     a.deadline = 5.0
     scheduler = make(a)
     step(scheduler)
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     pool = scheduler.kv.swap.pool
     assert pool is not None and pool.num_used == 3
     if how == "abort":
@@ -177,12 +177,12 @@ def test_pages_of_earlier_weights_are_nobody_elses(mode: str) -> None:
     scheduler = make(a, preemption_mode=mode)
     step(scheduler)
     scheduler.kv.begin_epoch()
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     assert step(scheduler).starts.tolist() == ([9] if mode == "swap" else [0])
     scheduler.abort("a")
     scheduler.add(b)
     assert step(scheduler).starts.tolist() == ([0] if mode == "swap" else [8])
-    scheduler.sequences.preempt(b)
+    scheduler.preempt(b)
     evict_all(scheduler)
     plan = step(scheduler)
     assert len(plan.swap_ins) == (3 if mode == "swap" else 0), "its own pages, with the newest weights"
@@ -198,7 +198,7 @@ def test_pages_that_may_hold_nan_are_not_found_though_their_request_was_preempte
     scheduler = make(a, preemption_mode=mode)
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     assert scheduler.commit(plan, [-1], 1.0) == [a] and a.finish_reason == "error"
     scheduler.check()
     scheduler.add(b)
@@ -241,5 +241,5 @@ def test_auto_takes_what_is_cheaper(seconds_per_page: float, saved: int) -> None
     scheduler.kv.swap.cost.observe_step(9, 9, 0.01)
     scheduler.kv.swap.cost.observe_copy(1, seconds_per_page)
     step(scheduler)
-    scheduler.sequences.preempt(a)
+    scheduler.preempt(a)
     assert scheduler.kv.swap.num_saved_pages == saved
