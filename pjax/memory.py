@@ -89,11 +89,9 @@ def describe_pool(num_pages: int, page_size: int, max_model_len: int, layout: KV
     requests = f"{(num_pages - layout.num_reserved) / each:.1f} requests of {max_model_len} tokens"
     if not layout.has_windows:
         return f"page pool: {num_pages} pages of {page_size} = {num_pages * page_size} tokens, {requests}"
-    groups = ", ".join(
-        f"{len(group.layers)} {'full' if group.sliding_window is None else f'window {group.sliding_window}'}" for group in layout.groups
-    )
-    num_layers = sum(len(group.layers) for group in layout.groups)
+    windows = sorted({group.sliding_window for group in layout.groups}, key=lambda window: window or 0)
+    counts = {window: sum(len(group.layers) for group in layout.groups if group.sliding_window == window) for window in windows}
+    kinds = ", ".join(f"{count} {'full' if window is None else f'with window {window}'}" for window, count in counts.items())
+    num_layers = sum(counts.values())
     share = each * layout.num_layers / (-(-max_model_len // page_size) * num_layers)
-    return (
-        f"page pool: {num_pages} pages of {page_size} tokens for groups of layers ({groups}), {requests}, {share:.0%} of a full cache each"
-    )
+    return f"page pool: {num_pages} pages of {page_size} tokens in {layout.num_layers} layers ({kinds}), {requests}, {share:.0%} of a full cache each"

@@ -120,10 +120,9 @@ def test_the_log_line_says_what_windows_save() -> None:
     specs = [KVCacheSpec(num_kv_heads=1, head_size=256, sliding_window=None if layer % 6 == 5 else 512) for layer in range(26)]
     layout = make_layout(specs, 32768)
     line = memory.describe_pool(9000, 16, 32768, layout, 512)
-    windows = ", ".join(["4 window 512"] * 5 + ["2 window 512"])
     each = 2048 + 6 * ((511 + 512 + 15) // 16 + 1)
     assert line == (
-        f"page pool: 9000 pages of 16 tokens for groups of layers (4 full, {windows}), {8999 / each:.1f} requests of 32768 tokens, "
+        f"page pool: 9000 pages of 16 tokens in 4 layers (4 full, 22 with window 512), {8999 / each:.1f} requests of 32768 tokens, "
         f"{each * 4 / (2048 * 26):.0%} of a full cache each"
     )
 
