@@ -94,4 +94,5 @@ def describe_pool(num_pages: int, page_size: int, max_model_len: int, layout: KV
     kinds = ", ".join(f"{count} {'full' if window is None else f'with window {window}'}" for window, count in counts.items())
     num_layers = sum(counts.values())
     share = each * layout.num_layers / (-(-max_model_len // page_size) * num_layers)
-    return f"page pool: {num_pages} pages of {page_size} tokens in {layout.num_layers} layers ({kinds}), {requests}, {share:.0%} of a full cache each"
+    pages = f"{num_pages} pages of {page_size} tokens in {layout.num_layers} layers ({kinds})"
+    return f"page pool: {pages}, {requests}, {share:.0%} of a full cache each"
