@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pjax.params import BeamSearchParams as BeamSearchParams
     from pjax.params import SamplingParams as SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "LLM": "pjax.llm",
