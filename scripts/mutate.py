@@ -58,6 +58,10 @@ PARTS = {
         ("kv_cache/swap_space.py", "runner/page_copies.py"),
         ("tests/scheduler/test_swap.py", "tests/runner/test_page_copies.py", "tests/scheduler"),
     ),
+    "engine": Part(
+        ("engine/engine.py", "engine/views.py"),
+        ("tests/engine/test_failures.py", "tests/engine/test_fault_machine.py", "tests/engine/test_deadlines.py", "tests/engine"),
+    ),
     "sampler": Part(
         ("sampling/sampler.py", "sampling/filters.py", "sampling/parameters.py"),
         ("tests/sampling/test_sampler.py", "tests/runner/test_batch.py", "tests/engine/test_sampling.py"),

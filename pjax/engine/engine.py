@@ -270,8 +270,8 @@ class LLMEngine:
         Ready are requests whose timeout has passed, and outputs of steps that `update_params` has ended or that failed after they were
         made. They are returned at once, without a step, whatever becomes of the next one.
 
-        With `async_scheduling` the step after it is on its way before that: its rows take from the device the tokens that the
-        host does not know yet. A sequence that turns out to have ended computes one row for nothing.
+        With `async_scheduling` the next step is dispatched before the tokens of this one have come: its rows take them from the device.
+        A sequence that turns out to have ended computes one row for nothing.
         """
         self._expire()
         if not self._ready:

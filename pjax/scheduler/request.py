@@ -51,10 +51,8 @@ class Request:
     """Tokens that steps under way sample for it, and that the host does not know yet. `Scheduler` alone counts them."""
     row: int = -1
     """Row of the sequence table; -1 when not running."""
-    order: int = -1
-    """Place in the order of arrival; never changes."""
     rank: tuple[float, int] = (0.0, -1)
-    """Who is served first: the smaller, and so the earlier of those that are alike; never changes while it is unfinished."""
+    """Who is served first: the smaller. Seconds, then the place in the order of arrival; never changes while it is unfinished."""
     index: int = 0
     """Which of the sequences of one prompt."""
     followers: list[Request] = field(default_factory=list)

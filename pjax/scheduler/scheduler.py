@@ -147,8 +147,7 @@ class Scheduler:
         self.unfinished[request.request_id] = sequences
         since = request.metrics.arrival_time + self._seconds_per_priority * request.priority
         for sequence in sequences:
-            sequence.order = self._num_added
-            sequence.rank = since, sequence.order
+            sequence.rank = since, self._num_added
             self._num_added += 1
         if request.deadline is not None:
             self.deadlines.add(request.request_id, request.deadline)

@@ -219,6 +219,20 @@ def test_aborting_a_request_whose_output_fails_harms_nobody(llm: LLM, expected: 
     assert run(llm.engine) == expected
 
 
+def test_ctrl_c_while_a_request_is_aborted_leaves_nothing_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, before = llm.engine, signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        engine.add_request("hello", greedy(4), "a")
+        engine.step()
+        with monkeypatch.context() as patched:
+            fail_at(patched, engine._views, "output", 1, press_ctrl_c, after=False)
+            with pytest.raises(KeyboardInterrupt):
+                engine.abort_request("a")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "a" not in engine._views and not engine.has_unfinished_requests and engine.scheduler.pool.num_used == 0
+
+
 def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
     """It is ready when Ctrl-C or an update has ended the step, and its request is aborted then."""
     engine = llm.engine

@@ -49,7 +49,7 @@ def test_a_list_of_priorities_comes_back_in_the_order_of_the_prompts(llm: LLM) -
 
 
 @pytest.mark.parametrize("bad", [{"priority": 1.5}, {"priority": True}, {"priority": 2**60}, {"timeout": 0}, {"timeout": float("nan")}])
-def test_wrong_turns_are_refused(llm: LLM, bad: dict[str, Any]) -> None:
+def test_wrong_priorities_and_timeouts_are_refused(llm: LLM, bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=f"^{next(iter(bad))} is "):
         llm.engine.add_request([1, 2], greedy(2), **bad)
     assert not llm.engine.has_unfinished_requests
