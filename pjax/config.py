@@ -23,7 +23,7 @@ class EngineConfig:
     dtype: str = "auto"
     """Type of parameters and activations. auto is the checkpoint's on accelerators and float32 on CPUs."""
     max_model_len: int | None = None
-    """Most tokens of one sequence, prompt and output together; the model's own limit by default."""
+    """Maximum number of tokens of one sequence, prompt and output together; by default the model's own, or what the page pool holds."""
     max_num_seqs: int | None = None
     """Most sequences in one step; 64 on a CPU, 256 on accelerators."""
     max_num_batched_tokens: int | None = None

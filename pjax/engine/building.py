@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -102,6 +102,27 @@ def choose_sizes(opened: Opened, hosts: Group | None) -> tuple[int, int]:
     num_slots = choose_num_slots(config, num_pages, opened.page_bytes * num_shares)
     num_pages, num_slots = agree_on_sizes(hosts, num_pages, num_slots)
     return num_pages, num_slots
+
+
+def fit_length(opened: Opened, num_pages: int) -> Opened:
+    """Returns the opened model with a `max_model_len` that a pool of so many pages can hold.
+
+    A length that nobody asked for is reduced, and a line of the log names both. Raises ConfigError where it was asked for; where
+    `num_pages` was too, both stay as they are, and requests that are too long for the pool are refused one by one.
+    """
+    config, wanted = opened.config, opened.max_model_len
+    fits = opened.layout.max_tokens_in(num_pages, config.page_size, config.step_sizes[1], wanted)
+    if fits == wanted:
+        return opened
+    if config.max_model_len is None:
+        log.warning("max_model_len is reduced from %d, the model's own, to %d: the page pool holds no more tokens", wanted, fits)
+        return replace(opened, max_model_len=fits)
+    if config.num_pages is None:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the page pool holds {fits} tokens: lower max_model_len, or raise kv_cache_memory "
+            "or memory_share"
+        )
+    return opened
 
 
 class Loading:

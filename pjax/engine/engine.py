@@ -18,7 +18,16 @@ import numpy as np
 from pjax.checkpoints.arena import Arena
 from pjax.config import EngineConfig
 from pjax.engine.agreement import begin, end, gather_hosts, raise_of_hosts, told
-from pjax.engine.building import Loading, build_intake, build_scheduler_and_runner, choose_sizes, load_weights, open_parts, warm_up
+from pjax.engine.building import (
+    Loading,
+    build_intake,
+    build_scheduler_and_runner,
+    choose_sizes,
+    fit_length,
+    load_weights,
+    open_parts,
+    warm_up,
+)
 from pjax.engine.intake import Prompt
 from pjax.engine.interrupts import uninterrupted
 from pjax.engine.opening import open_tokenizer
@@ -80,9 +89,10 @@ class LLMEngine:
         self.hosts = gather_hosts(model, config or EngineConfig(), params)
         with told(self.hosts):
             opened = open_parts(model, config or EngineConfig(), params, arena, self.hosts)
+            sizes = choose_sizes(opened, self.hosts)
+            opened = fit_length(opened, sizes[0])
             self.config, self.model_config, self.max_model_len = opened.config, opened.source.config, opened.max_model_len
             self._abstract = opened.source.abstract
-            sizes = choose_sizes(opened, self.hosts)
             self._loading: Loading | None = load_weights(opened, progress=progress)  # beside all that follows
             is_module = not isinstance(model, str | Path)
             self.tokenizer = open_tokenizer(opened.source, tokenizer=tokenizer, skip=skip_tokenizer_init, is_module=is_module)

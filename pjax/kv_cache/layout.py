@@ -90,6 +90,18 @@ class KVCacheLayout:
             total += every if window is None else min(every, -(-(window - 1 + max_step_tokens) // page_size) + 1)
         return total
 
+    def max_tokens_in(self, num_pages: int, page_size: int, max_step_tokens: int, limit: int) -> int:
+        """Returns the tokens of the longest sequence that fits a pool of so many pages: `limit`, or fewer, in whole pages."""
+        usable = num_pages - self.num_reserved
+        low, high = 0, -(-limit // page_size)  # pages of one group
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.num_pages_for(middle * page_size, page_size, max_step_tokens) <= usable:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low * page_size, limit)
+
 
 def specs_of(config: Any) -> list[KVCacheSpec | None]:
     """Returns the spec of each layer of a model's config; None for layers without keys and values.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pjax import native
+from pjax import LLM, SamplingParams, native
 from pjax.config import EngineConfig
 from pjax.engine.opening import open_source
 from pjax.errors import ConfigError
@@ -31,3 +31,16 @@ def test_a_level_that_the_machine_lacks_is_a_wrong_setting(tmp_path: Path, monke
     monkeypatch.setattr(native, "cpu_level", refuse)
     with pytest.raises(ConfigError, match="PJAX_CPU_LEVEL is 'amx'"):
         open_source(tmp_path, EngineConfig(), "cpu", None)
+
+
+def test_a_length_that_nobody_asked_for_is_what_the_pool_holds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llm = LLM(folder, lazy=True, progress=False, num_pages=3, page_size=16)
+    assert llm.engine.max_model_len == 48
+    assert "max_model_len is reduced from 256, the model's own, to 48: the page pool holds no more tokens" in caplog.text
+    (output,) = llm.generate(["one two"], SamplingParams(max_tokens=1000, ignore_eos=True), use_tqdm=False)
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 48
+
+
+def test_a_length_that_was_asked_for_is_refused_where_the_pool_is_too_small(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_len is 100, but the page pool holds 32 tokens: lower max_model_len"):
+        LLM(folder, lazy=True, progress=False, max_model_len=100, kv_cache_memory=1 << 13, page_size=16)

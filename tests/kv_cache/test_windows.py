@@ -161,3 +161,18 @@ def test_layers_whose_pages_differ_in_size_are_refused() -> None:
     specs = [KVCacheSpec(num_kv_heads=2, head_size=8), KVCacheSpec(num_kv_heads=1, head_size=32)]
     with pytest.raises(UnsupportedError, match=r"KV caches of the layers are 1 heads of 32, 2 heads of 8, but must be of one size"):
         make_layout(specs, 99)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_pages", "limit", "tokens"),
+    [
+        (KVCacheLayout.uniform(2), 10, 99, 40),
+        (KVCacheLayout.uniform(2), 10, 39, 39),
+        (MIXED, 24, 99, 64),
+        (MIXED, 23, 99, 60),
+        (KVCacheLayout((KVCacheGroup((0,), 6),), 1, 1), 8, 1000, 1000),
+        (KVCacheLayout((KVCacheGroup((0,), 6),), 1, 1), 7, 1000, 24),
+    ],
+)
+def test_the_longest_sequence_that_fits(layout: KVCacheLayout, num_pages: int, limit: int, tokens: int) -> None:
+    assert layout.max_tokens_in(num_pages, 4, 16, limit) == tokens
