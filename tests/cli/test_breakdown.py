@@ -90,6 +90,7 @@ def test_a_real_trace(tmp_path: Path) -> None:
     run()
     found = break_down(llm, run)
     host = found.pop("host")
+    found.pop("write_blocks_32", None)  # in steps that need a page more
     forward = {name for name in found if not name.startswith("sample_")}
     assert forward <= {bucket.name for bucket in llm.engine.runner.buckets} and set(found) - forward == {"sample_4"}
     assert found["decode_4"]["steps"] == 4 and found["sample_4"]["steps"] == 5

@@ -16,6 +16,7 @@ from pjax.config import EngineConfig
 from pjax.runner.batch import Bucket, SampleShape
 from pjax.runner.page_copies import COPY_SIZES
 from pjax.runner.programs import Shape
+from pjax.runner.runner import BLOCK_SIZES
 from tests.engine.common import OPTIONS, VOCAB, greedy, ids
 from tests.tiny import write_model
 
@@ -35,7 +36,8 @@ def test_nothing_compiles_after_warm_up(folder: Path) -> None:
     warm = runner.num_compilations
     decode = [bucket for bucket in runner.buckets if bucket.decode_only]
     mixed = [bucket for bucket in runner.buckets if not bucket.decode_only]
-    programs = len(decode) + len(mixed), len(decode), len(mixed), 2  # forward; sample, of as many rows as decode; score; writers
+    # Forward; sample, of as many rows as decode; score; writers of rows and of block tables.
+    programs = len(decode) + len(mixed), len(decode), len(mixed), 2 + len(BLOCK_SIZES)
     assert warm == sum(programs) + 2 * len(COPY_SIZES), "a program for each shape; copies to the host and back"
     for bucket in runner.buckets:
         memory = runner.programs.get(bucket).memory_analysis()
