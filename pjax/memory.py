@@ -39,7 +39,10 @@ def choose_num_pages(
         if config.kv_cache_memory < one:
             raise ConfigError(f"kv_cache_memory is {config.kv_cache_memory} bytes, but one page takes {one}")
         asked = config.kv_cache_memory // one
+    least = layout.num_reserved + len(layout.groups)
     if asked is not None:
+        if asked < least:
+            raise ConfigError(f"the page pool has {asked} pages, but must have at least {least}: one for each group of layers")
         if is_cpu and config.warmup_mode == "all" and asked * one > left:
             raise ConfigError(
                 f"the page pool is {asked * one} bytes, but {int(left)} are free; it takes memory as it fills where warmup is not 'all'"
@@ -49,8 +52,8 @@ def choose_num_pages(
     max_num_seqs, max_step_tokens = config.step_sizes
     useful = layout.num_pages_for(max_model_len, config.page_size, max_step_tokens) * max_num_seqs + layout.num_reserved
     fits = int(free // one)
-    if fits < 1 + layout.num_reserved:
-        raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}")
+    if fits < least:
+        raise ConfigError(f"the device has {int(free)} bytes for the page pool, but one page takes {one}, and there must be {least}")
     return useful if useful <= fits else _round_down(fits)
 
 

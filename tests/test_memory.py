@@ -30,6 +30,13 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         pages(monkeypatch, 0, kv_cache_memory=PAGE - 1)
 
 
+def test_a_pool_has_a_page_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_free_bytes", lambda devices: 1e9)
+    layout = make_layout([KVCacheSpec(num_kv_heads=1, head_size=8, sliding_window=window) for window in (None, 64)], 1024)
+    with pytest.raises(ConfigError, match="the page pool has 2 pages, but must have at least 3: one for each group of layers"):
+        memory.choose_num_pages(EngineConfig(num_pages=2).for_platform("cpu"), layout, "float32", 1024)
+
+
 @pytest.mark.parametrize("asked", [{"num_pages": 7}, {"kv_cache_memory": 7 * PAGE}])
 def test_a_cpu_must_have_what_is_asked_for_unless_lazy(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(free: int, num_devices: int = 1, **fields: object) -> int:

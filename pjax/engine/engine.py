@@ -256,7 +256,7 @@ class LLMEngine:
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
-            num_pages=len(owners),
+            num_pages=self.scheduler.pool.num_usable,
             num_used_pages=int(np.count_nonzero(owners)),
             num_cached_pages=self.scheduler.pool.num_kept,
             num_shared_pages=int(np.count_nonzero(owners > 1)),

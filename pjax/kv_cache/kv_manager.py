@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 
 from pjax.kv_cache.block_tables import BlockTables
 from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout
@@ -20,7 +22,7 @@ class CachedPrefix:
 
     num_tokens: int
     runs: tuple[PageRun, ...]
-    """By group: all pages of those tokens, or, where the group has a window, those that the next token sees."""
+    """By group: all pages of those tokens, or, where the group has a window, those that the next token to be computed sees."""
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class _Held:
     """What a running sequence has."""
 
     runs: list[PageRun]  # by group; all end at the same index
-    num_named: int  # its first pages that are found again, or whose equals are
+    num_named: int  # pages from the first on whose keys the pool has: of these pages, or of others with the same contents
 
 
 class KVManager:
@@ -64,7 +66,7 @@ class KVManager:
 
     @property
     def num_groups(self) -> int:
-        """Groups of layers: as many pages are needed for each page_size tokens."""
+        """Number of groups of layers, each of which has its own page for the same positions."""
         return len(self.layout.groups)
 
     def num_pages_for(self, num_tokens: int) -> int:
@@ -171,10 +173,18 @@ class KVManager:
             else:
                 count = found.end
                 runs.append(found)
-        return CachedPrefix(count * self.page_size, tuple(runs))
+        num_tokens = count * self.page_size
+        # What is saved in host memory may reach further, so that windows have passed some of these pages.
+        num_computed = max(num_tokens, self.swap.num_tokens(sequence))
+        return CachedPrefix(num_tokens, tuple(map(partial(self._without_passed, num_computed), self.layout.groups, runs)))
+
+    def _without_passed(self, num_computed: int, group: KVCacheGroup, run: PageRun) -> PageRun:
+        """Returns the pages of a run that tokens from position `num_computed` on see."""
+        count = min(max(self._first_page(group, num_computed) - run.first, 0), len(run.ids))
+        return PageRun(run.ids[count:], run.first + count)
 
     def _find_in_group(self, keys: list[bytes], limit: int, number: int) -> PageRun:
-        """Returns the longest prefix of at most `limit` pages of which a group has all pages that the next token sees."""
+        """Returns the pages of the longest prefix that a group can go on from: at most `limit` pages, and all that the next token sees."""
         group, find = self.layout.groups[number], self.pool.find
         if group.sliding_window is None:
             found = []
@@ -208,10 +218,7 @@ class KVManager:
         """Gives a running sequence its cached pages, and behind them what is saved of it; their tokens are computed."""
         num_saved = self.swap.num_tokens(sequence)
         num_computed = max(cached.num_tokens, num_saved)
-        runs = []
-        for group, run in zip(self.layout.groups, cached.runs, strict=True):  # a window may have passed some while it was saved
-            passed = min(max(self._first_page(group, num_computed) - run.first, 0), len(run.ids))
-            runs.append(PageRun(run.ids[passed:], run.first + passed))
+        runs = [PageRun(list(run.ids), run.first) for run in cached.runs]
         self.pool.reuse(page_id for run in runs for page_id in run.ids)
         self._held[sequence] = _Held(runs, cached.num_tokens // self.page_size)
         if num_saved > cached.num_tokens:
@@ -223,12 +230,12 @@ class KVManager:
 
     def _restore(self, sequence: CachedSequence, runs: Sequence[PageRun], num_tokens: int) -> None:
         """Adds the saved pages that the cached ones lack."""
-        restored = []
         for group, run in zip(self.layout.groups, runs, strict=True):
             if not run.ids:
                 run.first = self._first_page(group, num_tokens)
-            pages = self.pool.allocate(-(-num_tokens // self.page_size) - run.end)
-            restored.append(PageRun(pages, run.end))
+        end = -(-num_tokens // self.page_size)
+        new = iter(self.pool.allocate(sum(end - run.end for run in runs)))  # at once: all or none
+        restored = [PageRun([next(new) for _ in range(end - run.end)], run.end) for run in runs]
         self.swap.restore(sequence, restored)
         for run, added in zip(runs, restored, strict=True):
             run.ids += added.ids
@@ -285,10 +292,11 @@ class KVManager:
         sequence.epoch, sequence.page_keys = PRIVATE, []
 
     def release(self, sequence: CachedSequence) -> None:
-        """Frees all its pages, last one first: of cached pages the end of a prompt is evicted before its beginning."""
+        """Frees all its pages, those of its last positions first: of cached pages the end of a prompt is evicted before its beginning."""
         held = self._held.pop(sequence, None)
-        for run in [] if held is None else held.runs:
-            self.pool.free(reversed(run.ids))
+        if held is not None:
+            pages = [(index, page_id) for run in held.runs for index, page_id in enumerate(run.ids, run.first)]
+            self.pool.free([page_id for _, page_id in sorted(pages, key=itemgetter(0), reverse=True)])
         self._copies.pop(sequence, None)
 
     def check(self, running: Iterable[CachedSequence]) -> None:

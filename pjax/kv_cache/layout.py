@@ -109,10 +109,14 @@ def specs_of(config: Any) -> list[KVCacheSpec | None]:
     A config may have them as `kv_cache_specs`; else all layers have `num_kv_heads` and `head_size`, and the windows of
     `sliding_window`, where it has that: a number, None, or a tuple with one for each layer.
     """
-    if (specs := getattr(config, "kv_cache_specs", None)) is not None:
-        return list(specs)
+    specs = getattr(config, "kv_cache_specs", None)
     windows = getattr(config, "sliding_window", None)
-    by_layer = windows if isinstance(windows, tuple) else (windows,) * config.num_layers
+    by_layer = tuple(windows) if isinstance(windows, tuple | list) else (windows,) * config.num_layers
+    for name, values in (("kv_cache_specs", specs), ("sliding_window", by_layer)):
+        if values is not None and len(values) != config.num_layers:
+            raise UnsupportedError(f"{name} has {len(values)} values, but must have one for each of the {config.num_layers} layers")
+    if specs is not None:
+        return list(specs)
     return [KVCacheSpec(num_kv_heads=config.num_kv_heads, head_size=config.head_size, sliding_window=window) for window in by_layer]
 
 

@@ -107,12 +107,12 @@ class PagePool:
         return self._counts[page_id]
 
     def owners(self) -> npt.NDArray[np.uint8]:
-        """[num_pages]: each page's owners, at most 255. Any thread may call it."""
-        return np.minimum(np.array(self._counts), 255).astype(np.uint8)
+        """[num_usable]: owners of each page that is not reserved, at most 255. Any thread may call it."""
+        return np.minimum(np.array(self._counts[self.num_pages - self.num_usable :]), 255).astype(np.uint8)
 
     def keyed(self) -> npt.NDArray[np.bool_]:
-        """[num_pages]: which have a key; those of them that are free are kept. Any thread may call it."""
-        return np.array([key is not None for key in self._keys])
+        """[num_usable]: which have a key; those of them that are free are kept. Any thread may call it."""
+        return np.array([key is not None for key in self._keys[self.num_pages - self.num_usable :]])
 
     @property
     def num_kept(self) -> int:

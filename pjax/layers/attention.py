@@ -140,7 +140,7 @@ class PagedContext(RowContext):
         place: int | jax.Array
         if isinstance(layer, int):
             group, place = places[layer]
-        elif len(self.layout.groups) == 1:
+        elif len(self.layout.groups) == 1 and self.layout.groups[0].layers == tuple(range(len(places))):
             return self.batch, self.targets, layer
         else:
             table = jnp.array([places.get(number, (0, 0)) for number in range(max(places) + 1)], jnp.int32)

@@ -247,6 +247,8 @@ def share_of_config(config: Any, size: int) -> Any:
     changes = {"num_heads": heads // size, "intermediate_size": wide // size, "vocab_size": -(-config.vocab_size // size)}
     if "num_kv_heads" in fields:
         changes["num_kv_heads"] = max(kv_heads // size, 1)
+    if getattr(config, "kv_cache_specs", None) is not None:
+        raise UnsupportedError(f"tensor parallelism: {type(config).__name__} has kv_cache_specs, which are not divided")
     return dataclasses.replace(config, **changes)
 
 

@@ -32,7 +32,19 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 1 << 30  # of all files; those used longest ago go
 DIGEST_BYTES = 32
 SAVES_PER_LOOK = 16  # the folder is looked through after so many new files
-STEP_PARTS = ("checkpoints", "config.py", "layers", "machine.py", "models", "native", "pallas_kernels", "params", "runner", "sampling")
+STEP_PARTS = (
+    "checkpoints",
+    "config.py",
+    "kv_cache",
+    "layers",
+    "machine.py",
+    "models",
+    "native",
+    "pallas_kernels",
+    "params",
+    "runner",
+    "sampling",
+)
 """The parts of pjax whose code is traced, or decides what is: what a step imports beside them knows nothing of JAX."""
 
 
@@ -98,7 +110,9 @@ def _load(path: Path) -> Any:
         log.warning("a compiled program is damaged, and is compiled again: the content of %s does not have its SHA-256", path)
         return None
     try:
-        loaded = serialize_executable.deserialize_and_load(*pickle.loads(content))
+        payload, in_tree, out_tree = pickle.loads(content)
+        devices = jax.local_devices()[:1]  # of several CPU devices, which a flag of XLA makes, a kept program has one
+        loaded = serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
     except Exception as error:
         log.warning("a compiled program does not load, and is compiled again: %s: %s", path, error)
         return None

@@ -133,7 +133,7 @@ def copy_pages(pages: jax.Array, copies: jax.Array, num_copies: jax.Array, num_l
     A loop of as many turns as there are copies: none cost nothing, and there is one page of temporaries, not a pool.
 
     Args:
-      copies: int32 [S, 2], pages of one layer, from and to; those from `num_copies` on are ignored.
+      copies: int32 [S · groups, 2], pages of one layer, from and to; those from `num_copies` on are ignored.
     """
 
     def copy(index: jax.Array, pool: jax.Array) -> jax.Array:

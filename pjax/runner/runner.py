@@ -167,6 +167,8 @@ class ModelRunner:
         try:
             self._pages, self._tokens, self._block_tables = self._new_pool(), self._new_tokens(), self._new_tables()
         except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+                raise
             size = config.num_pages * layout.page_bytes(config.page_size, jnp.dtype(config.kv_cache_dtype).itemsize)
             raise ConfigError(f"the page pool of {size / 2**30:.2f} GiB does not fit the device: {error}") from error
         self._swap = (

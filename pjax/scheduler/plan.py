@@ -32,7 +32,7 @@ class StepPlan:
     sample_sources: npt.NDArray[np.int32]  # [m], rows of the plan
     copies: npt.NDArray[
         np.int32
-    ]  # [c, 2], c <= n · groups of layers: pages to be copied, from and to, one after the other, before anything is written
+    ]  # [c, 2], c <= n · groups of layers: pages to be copied, from and to, one after the other, before the step writes keys and values
     swap_outs: npt.NDArray[np.int32]  # [o, 2]: pages to be copied to host slots, before all else
     swap_ins: npt.NDArray[np.int32]  # [i, 2]: host slots to be copied to pages, then
     blocks: npt.NDArray[np.int32] = field(default_factory=lambda: NO_BLOCKS)

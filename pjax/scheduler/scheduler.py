@@ -300,7 +300,8 @@ class Scheduler:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
         count = min(budget, request.num_tokens - request.num_computed)
-        self.kv.extend(request, request.num_computed + count)
+        has_pages = self.kv.extend(request, request.num_computed + count)
+        assert has_pages, f"request {request.request_id!r} was started without room for its pages"
         self.kv.remember(request, request.num_computed + count)
         given[request] = count
         return count

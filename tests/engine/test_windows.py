@@ -23,8 +23,8 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
 def spoil(engine: LLMEngine) -> None:
     """Writes NaN to all pages that nobody owns or may find, but for the null page."""
     pool, layout = engine.scheduler.pool, engine.runner.config.layout
-    free = (pool.owners() == 0) & ~pool.keyed()
-    free[: layout.num_reserved] = False
+    free = np.zeros(pool.num_pages, bool)
+    free[layout.num_reserved :] = (pool.owners() == 0) & ~pool.keyed()
     free[[page for page, _ in engine.scheduler.kv.swap._outs]] = False  # which the next step copies to host memory
     pages = np.array(engine.runner._pages)
     pages.reshape(layout.num_layers, pool.num_pages, *pages.shape[1:])[:, free] = np.nan

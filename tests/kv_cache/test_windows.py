@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pjax.errors import UnsupportedError
-from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout, KVCacheSpec, make_layout
+from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout, KVCacheSpec, make_layout, specs_of
 from pjax.outputs import RequestMetrics
 from pjax.params import SamplingParams
 from pjax.scheduler import Request, Scheduler
@@ -15,7 +16,7 @@ from pjax.scheduler import Request, Scheduler
 MIXED = KVCacheLayout((KVCacheGroup((0,)), KVCacheGroup((1,), 6)), 1, 1)
 
 
-def make_request(name: str, prompt: list[int], max_tokens: int = 20) -> Request:
+def make_request(name: str, prompt: list[int], max_tokens: int = 20, priority: int = 0) -> Request:
     return Request(
         request_id=name,
         prompt_token_ids=prompt,
@@ -25,6 +26,7 @@ def make_request(name: str, prompt: list[int], max_tokens: int = 20) -> Request:
         eos_token_ids=frozenset(),
         seed=0,
         metrics=RequestMetrics(arrival_time=0.0),
+        priority=priority,
     )
 
 
@@ -176,3 +178,64 @@ def test_layers_whose_pages_differ_in_size_are_refused() -> None:
 )
 def test_the_longest_sequence_that_fits(layout: KVCacheLayout, num_pages: int, limit: int, tokens: int) -> None:
     assert layout.max_tokens_in(num_pages, 4, 16, limit) == tokens
+
+
+def test_a_saved_sequence_does_not_count_on_cached_pages_that_its_window_has_passed() -> None:
+    """Others own the first pages of its prefix, so giving them up frees nothing."""
+    layout = KVCacheLayout((KVCacheGroup((0,)), KVCacheGroup((1,), 41)), 1, 1)
+    sizes = {"num_pages": 53, "max_model_len": 160, "max_num_seqs": 3, "max_num_batched_tokens": 4}
+    scheduler = make_scheduler(layout, **sizes, num_host_slots=500, preemption_mode="swap")
+    saved = make_request("a", [*range(1, 101)], 60, 9)
+    scheduler.add(saved)
+    while saved.num_computed < 104:
+        step(scheduler)
+    scheduler.add(make_request("b", [*range(1, 21), 500], 60))
+    step(scheduler)
+    scheduler.add(make_request("c", [*range(1000, 1008)], 1))
+    while scheduler.has_work:
+        step(scheduler)
+    assert saved.metrics.num_preemptions > 0 and len(saved.output_token_ids) == 60
+
+
+def test_restoring_takes_all_pages_or_none() -> None:
+    scheduler = make_scheduler(num_host_slots=20, preemption_mode="swap")
+    request = make_request("a", [*range(1, 15)])
+    scheduler.add(request)
+    step(scheduler)
+    scheduler.preempt(request)
+    pool = scheduler.pool
+    pool.forget()
+    taken = pool.allocate(pool.num_free - 5)  # enough for one group's four pages, not for the other's too
+    with pytest.raises(MemoryError):
+        scheduler.kv.start(request, scheduler.kv.find_cached(request))
+    assert pool.num_free == 5
+    pool.free(taken)
+
+
+def test_half_of_a_prefix_is_evicted_in_all_groups_alike() -> None:
+    """28 tokens are 7 pages of each group; when 8 are taken by others, the first 3 of each are left."""
+    layout = KVCacheLayout((KVCacheGroup((0,)), KVCacheGroup((1,), 99)), 1, 1)
+    scheduler = make_scheduler(layout, num_pages=15, max_num_batched_tokens=28)
+    prompt = [*range(1, 29)]
+    scheduler.add(make_request("a", prompt, 1))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.pool.free(scheduler.pool.allocate(8))
+    assert scheduler.kv.find_cached(make_request("b", prompt)).num_tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": (4, None)}, "sliding_window has 2 values, but must have one for each of the 3 layers"),
+        ({"kv_cache_specs": (None,)}, "kv_cache_specs has 1 values, but must have one for each of the 3 layers"),
+    ],
+)
+def test_a_config_says_it_for_each_layer(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        specs_of(SimpleNamespace(num_layers=3, num_kv_heads=1, head_size=8, **fields))
+
+
+def test_windows_of_a_config() -> None:
+    config = SimpleNamespace(num_layers=3, num_kv_heads=1, head_size=8, sliding_window=[4, None, 4])
+    assert [spec and spec.sliding_window for spec in specs_of(config)] == [4, None, 4]

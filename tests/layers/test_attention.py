@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from pjax.errors import InvalidRequestError, UnsupportedError
-from pjax.kv_cache.layout import KVCacheLayout
+from pjax.kv_cache.layout import KVCacheGroup, KVCacheLayout
 from pjax.layers.attention import LayerOptions, PagedContext
 from pjax.layers.stack import LayerStack
 from pjax.models.dense import DenseContext
@@ -93,6 +93,19 @@ def test_a_backend_that_does_not_apply_an_option_is_named_with_it(mode: str) -> 
     context, pool = paged(12, 10, backend="native")
     with pytest.raises(UnsupportedError, match="attention backend 'native' takes no sinks; 'xla' takes any"):
         stack(jnp.zeros((12, NUM_HEADS * HEAD_SIZE)), pool, context)
+
+
+@pytest.mark.parametrize("mode", ["unroll", "loop"])
+def test_layers_without_keys_and_values_have_no_pages(mode: str) -> None:
+    """Layer 2 of three is the second of its group, also where the layer's number is traced."""
+    layout = KVCacheLayout((KVCacheGroup((0, 2)),), 1, HEAD_SIZE)
+    batch = RaggedBatch(jnp.array([0, 4]), jnp.array([4]), jnp.array([[1]]), jnp.int32(0))
+    context = PagedContext.make(batch, jnp.zeros(pool_shape(2, 3, 8, 1, HEAD_SIZE)), 4, layout)
+
+    def place(layer: Any) -> Any:
+        return context._in_group(layer)[2]
+
+    assert [int(place(layer) if mode == "unroll" else jax.jit(place)(layer)) for layer in (0, 2)] == [0, 1]
 
 
 def test_a_choice_of_options_copies_no_pages() -> None:

@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pjax import LLM, convert
-from pjax.models import arena, open_model, weights
+from pjax.checkpoints import arena, weights
+from pjax.models import open_model
 from pjax.models.sharding import make_mesh
 from tests.models import hf
 from tests.tiny import write_model
