@@ -132,13 +132,15 @@ def read_rope(config: ConfigReader, max_position: int, *, theta_key: str = "rope
     values: dict[str, Any] = {"kind": kind, "theta": theta_reader.number("rope_theta", 10000.0)}
     if kind != "default":
         values["factor"] = inner.number("factor")
-    values["original_max_position"] = inner.integer("original_max_position_embeddings", max_position)
+    original = inner.integer("original_max_position_embeddings", max_position)
+    values["original_max_position"] = max_position if kind == "dynamic" else original  # dynamic: as in transformers and vLLM
     if kind == "llama3":
         values["low_freq_factor"] = inner.number("low_freq_factor")
         values["high_freq_factor"] = inner.number("high_freq_factor")
     if kind == "yarn":
         values["beta_fast"] = inner.number("beta_fast", 32.0)
         values["beta_slow"] = inner.number("beta_slow", 1.0)
+        values["attn_factor"] = inner.number("attn_factor", 1.0)
         values["truncate"] = inner.flag("truncate", True)
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             values[key] = None if inner.get(key) is None else inner.number(key)
