@@ -201,7 +201,7 @@ def test_gradients_and_names_are_torchs(family: str, mode: str, tmp_path: Path, 
     [
         ("GPT2", {"add_cross_attention": True}, "gpt2 config: add_cross_attention is True; supported: False"),
         ("GPTNeoX", {"hidden_act": "tanh"}, "gpt_neox config: hidden_act is 'tanh'; supported: 'silu'"),
-        ("OPT", {"new_field": 3}, "opt config has fields that pjax does not apply: new_field=3"),
+        ("OPT", {"new_norm": 3}, "opt config has fields that pjax does not apply: new_norm=3"),
     ],
 )
 def test_what_is_not_applied_is_refused(family: str, changes: dict[str, Any], message: str) -> None:
