@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pjax.checkpoints.gguf_parts import parts_of
 from pjax.checkpoints.orbax_folder import MANIFEST
 from pjax.checkpoints.tensors import PARAMETER_DTYPES, ModelTensors, open_tensors
 from pjax.checkpoints.weights import warn_of
@@ -198,7 +199,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     """What tells that a source is still the same: its files' sizes and times."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = parts_of(path) if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 

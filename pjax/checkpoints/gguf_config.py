@@ -107,6 +107,16 @@ class Fields:
         }
 
 
+def check_architecture(metadata: Mapping[str, Any], path: Path) -> str:
+    """A file's architecture. CheckpointError when it names none, UnsupportedError when pjax does not have it."""
+    architecture = metadata.get("general.architecture")
+    if architecture is None:
+        raise CheckpointError(f"{path} has no metadata field general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return str(architecture)
+
+
 def hf_config(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None, path: Path
 ) -> dict[str, Any]:
@@ -119,11 +129,7 @@ def hf_config(
       path: for messages.
     Raises CheckpointError when a field is missing or wrong, UnsupportedError when one changes what pjax does not apply.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture is None:
-        raise CheckpointError(f"{path} has no metadata field general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    architecture = check_architecture(metadata, path)
     applied, make = ARCHITECTURES[architecture]
     for name in LONG_FACTORS:
         if name in shapes:

@@ -58,7 +58,9 @@ def test_the_demo_tokenizer_is_what_its_file_says(demo: Tokenizer) -> None:
     assert demo.vocab_size == 49152
     assert [demo.id_to_token(i) for i in range(3)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert demo.id_to_token(demo.vocab_size) is None
-    assert (demo.bos_token_id, demo.eos_token_ids) == (1, (2,))
+    assert (demo.bos_token_id, demo.eos_token_ids) == (1, (2, 0)), (
+        "<|im_end|>, which the file names, and <|endoftext|>, which llama.cpp finds"
+    )
     assert demo.special_ids == frozenset(range(17))
 
 
@@ -186,6 +188,19 @@ def test_the_kinds_of_words(tmp_path: Path, kind: str, words: list[str]) -> None
 def test_the_groups_of_digits(tmp_path: Path, kind: str, groups: list[str]) -> None:
     tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", byte_level_fields(**{"ggml.pre": kind})))
     assert [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234")] == groups
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"])
+@pytest.mark.parametrize("kind", [1, 3])  # llama.cpp takes a normal token of such a text for a control token
+def test_ends_of_turns_of_a_gguf_are_found_by_their_text(text: str, kind: int, tmp_path: Path) -> None:
+    fields = byte_level_fields()
+    fields["ggml.tokens"], fields["ggml.token_type"] = [*fields["ggml.tokens"], text], [*fields["ggml.token_type"], kind]
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", fields))
+    end = len(fields["ggml.tokens"]) - 1
+    assert tokenizer.eos_token_ids == (1, end)
+    assert tokenizer.special_ids == {0, 1, end}
+    assert tokenizer.encode(f"a{text}b", add_special_tokens=False) == [*tokenizer.encode("a", False), end, *tokenizer.encode("b", False)]
+    assert tokenizer.decode(tokenizer.encode(f"a{text}b")) == "ab"
 
 
 def test_flags_and_types_of_a_gguf(tmp_path: Path) -> None:
