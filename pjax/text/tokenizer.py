@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import tokenizers
 
 from pjax.errors import CheckpointError, InvalidRequestError
+from pjax.text.added_tokens import add_stated_tokens, named_special_tokens, other_special_tokens
 from pjax.text.chat_template import render
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -109,15 +113,20 @@ def load_folder_tokenizer(path: Path) -> Tokenizer:
 def _with_settings(path: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
     # Begin and end tokens are the post-processor's: like transformers 5, add_bos_token and add_eos_token of
     # tokenizer_config.json count only where there is no tokenizer.json, and then transformers has applied them.
-    settings = _json(path / "tokenizer_config.json")
-    special: dict[str, str] = {}
-    for key, value in (_json(path / "special_tokens_map.json") | settings).items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(value, str):
-            special[key] = value
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    known = {token for token in special.values() if token not in added and backend.token_to_id(token) is not None}
+    config = _json(path / "tokenizer_config.json")
+    settings = _json(path / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
+    add_stated_tokens(backend, settings, _json(path / "added_tokens.json"), path)
+    special = named_special_tokens(settings)
+    added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    known = {
+        token
+        for token in (*special.values(), *other_special_tokens(settings))
+        if token not in added and backend.token_to_id(token) is not None
+    }
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in sorted(known)])
+    for name in ("bos_token", "eos_token"):
+        if name in special and backend.token_to_id(special[name]) is None:
+            log.warning("%s: its %s is %r, which its tokenizer does not have: it is ignored", path.name, name, special[name])
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return Tokenizer(
         backend,
