@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pjax.checkpoints.gguf_header import GGUFHeader, read_gguf_header
 from pjax.checkpoints.gguf_parts import parts_of
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -63,10 +66,16 @@ class _Metadata:
         return values
 
     def token_id(self, key: str, tokens: Sequence[str], default: int | None = None) -> int | None:
-        """A token's id, or None where the file and its model name none."""
+        """A token's id, or None where the file and its model name none.
+
+        Like llama.cpp, takes the default with a warning where the file names an id that is no token's.
+        """
         index = self.get(key, default)
-        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
-            raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be in [0, {len(tokens)})")
+        if index is not None and (not isinstance(index, int) or isinstance(index, bool)):
+            raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be a token id")
+        if index is not None and not 0 <= index < len(tokens):
+            log.warning("%s: tokenizer.%s is %d, which is ignored: token ids are in [0, %d)", self.path.name, key, index, len(tokens))
+            return default
         return index
 
 

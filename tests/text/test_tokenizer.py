@@ -246,13 +246,22 @@ def test_a_llama_gguf_reads_as_its_folder(tmp_path: Path) -> None:
         ({"ggml.merges": ["a none"]}, CheckpointError, "do not fit together"),
         ({"ggml.merges": ["ab"]}, CheckpointError, "do not fit together"),
         ({"ggml.token_type": [1, 1]}, CheckpointError, r"token_type has 2 entries, but there are 261 tokens"),
-        ({"ggml.bos_token_id": 999}, CheckpointError, r"bos_token_id is 999, but must be in \[0, 261\)"),
+        ({"ggml.bos_token_id": "a"}, CheckpointError, r"bos_token_id is 'a', but must be a token id"),
     ],
 )
 def test_what_a_gguf_lacks_is_named(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     path = write_gguf(tmp_path / "a.gguf", byte_level_fields(**changes))
     with pytest.raises(error, match=message):
         load_gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize("beyond", [261, 999, 4294967295])  # the last is llama.cpp's "none"
+def test_ids_of_a_gguf_beyond_its_vocabulary_are_dropped(beyond: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", byte_level_fields(**{f"ggml.{n}_token_id": beyond for n in names})))
+    assert (tokenizer.eos_token_ids, tokenizer.bos_token_id, tokenizer.special_tokens) == ((), None, {})
+    ignored = [f"a.gguf: tokenizer.ggml.{n}_token_id is {beyond}, which is ignored: token ids are in [0, 261)" for n in names]
+    assert sorted(caplog.messages) == sorted(ignored)
 
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
