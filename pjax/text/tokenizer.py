@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,8 @@ def _convert_slow(path: Path) -> Tokenizer:
     names = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
     if not any((path / name).is_file() for name in names):
         raise CheckpointError(f"{path} has no tokenizer (tokenizer.json, {', '.join(names)}); skip_tokenizer_init does without one")
+    if (path / "tokenizer.model").is_file():
+        _check_packages(path / "tokenizer.model")
     from transformers import AutoTokenizer
 
     try:
@@ -160,6 +163,28 @@ def _convert_slow(path: Path) -> Tokenizer:
     except Exception as error:
         raise CheckpointError(f"{path}: transformers can't read its tokenizer: {error}") from error
     return _with_settings(path, converted.backend_tokenizer)
+
+
+def _check_packages(file: Path) -> None:
+    """Names the packages that a slow tokenizer's file needs, where they are missing: transformers' own message names others too."""
+    with file.open("rb") as opened:
+        is_sentencepiece = opened.read(1) == b"\n"  # a list of pieces; tiktoken's file is lines of text
+    kind, modules = ("SentencePiece", ("sentencepiece", "google.protobuf")) if is_sentencepiece else ("tiktoken", ("tiktoken",))
+    missing = [name for name in modules if not _is_there(name)]
+    if missing:
+        packages = "pip install 'pjax[sentencepiece]'" if is_sentencepiece else "pip install tiktoken"
+        raise CheckpointError(
+            f"{file} is a {kind} model without a tokenizer.json, and {', '.join(missing)} is missing: {packages}, "
+            "or give the tokenizer.json of the same model"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _json(path: Path) -> dict[str, Any]:
