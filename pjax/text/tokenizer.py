@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from pjax.checkpoints.magic import refuse_lfs_pointer
 from pjax.errors import CheckpointError, InvalidRequestError
 from pjax.text.added_tokens import add_stated_tokens, named_special_tokens, other_special_tokens
 from pjax.text.chat_template import render
@@ -102,6 +103,7 @@ def load_folder_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder. CheckpointError when there is none or it is damaged."""
     if not (path / "tokenizer.json").is_file():
         return _convert_slow(path)
+    refuse_lfs_pointer(path / "tokenizer.json")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
@@ -155,6 +157,7 @@ def _convert_slow(path: Path) -> Tokenizer:
     if not any((path / name).is_file() for name in names):
         raise CheckpointError(f"{path} has no tokenizer (tokenizer.json, {', '.join(names)}); skip_tokenizer_init does without one")
     if (path / "tokenizer.model").is_file():
+        refuse_lfs_pointer(path / "tokenizer.model")
         _check_packages(path / "tokenizer.model")
     from transformers import AutoTokenizer
 
