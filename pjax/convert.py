@@ -25,6 +25,7 @@ from pjax.checkpoints.tensors import PARAMETER_DTYPES, ModelTensors, open_tensor
 from pjax.checkpoints.weights import warn_of
 from pjax.checkpoints.writers import FORMATS, Shard, make_writer
 from pjax.errors import CheckpointError, ConfigError
+from pjax.machine import expand_user
 from pjax.models import find_family
 from pjax.text.loading import load_tokenizer
 
@@ -67,7 +68,7 @@ def convert(
         raise ConfigError(f"dtype is {dtype!r}, but must be one of auto, {', '.join(PARAMETER_DTYPES)}")
     if not isinstance(max_shard_size, int) or isinstance(max_shard_size, bool) or max_shard_size < 1:
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, but must be an integer >= 1")
-    target = Path(destination).expanduser()
+    target = expand_user(destination)
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists, but must be a path where nothing is yet")
     partial = target.with_name(target.name + ".partial")

@@ -7,6 +7,7 @@ from pathlib import Path
 from pjax.checkpoints.base import Checkpoint
 from pjax.checkpoints.magic import is_gguf, refuse_lfs_pointer
 from pjax.errors import CheckpointError
+from pjax.machine import expand_user
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -14,7 +15,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
     Raises CheckpointError when there is no such thing or it is damaged, UnsupportedError for other formats.
     """
-    path = Path(model).expanduser()
+    path = expand_user(model)
     if not path.exists():
         from pjax.checkpoints.hub import download
 
