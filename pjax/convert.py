@@ -19,11 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pjax.checkpoints.gguf_parts import parts_of
 from pjax.checkpoints.orbax_folder import MANIFEST
 from pjax.checkpoints.tensors import PARAMETER_DTYPES, ModelTensors, open_tensors
 from pjax.checkpoints.weights import warn_of
 from pjax.checkpoints.writers import FORMATS, Shard, make_writer
 from pjax.errors import CheckpointError, ConfigError
+from pjax.machine import expand_user
 from pjax.models import find_family
 from pjax.text.loading import load_tokenizer
 
@@ -66,7 +68,7 @@ def convert(
         raise ConfigError(f"dtype is {dtype!r}, but must be one of auto, {', '.join(PARAMETER_DTYPES)}")
     if not isinstance(max_shard_size, int) or isinstance(max_shard_size, bool) or max_shard_size < 1:
         raise ConfigError(f"max_shard_size is {max_shard_size!r}, but must be an integer >= 1")
-    target = Path(destination).expanduser()
+    target = expand_user(destination)
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists, but must be a path where nothing is yet")
     partial = target.with_name(target.name + ".partial")
@@ -198,7 +200,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     """What tells that a source is still the same: its files' sizes and times."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = parts_of(path) if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 

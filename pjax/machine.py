@@ -17,6 +17,24 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def expand_user(path: str | Path) -> Path:
+    """The path with `~` and `~user` as their homes; as it is where there is no such home."""
+    return Path(os.path.expanduser(path))
+
+
+def user_folder(variable: str, below_home: str) -> Path | None:
+    """The user's folder that a variable of the environment names, or one below the home; None for a user without a home.
+
+    Containers run under user ids that no password file has. Whether the folder is there, or can be made, is not looked at.
+    """
+    if named := os.environ.get(variable):
+        return Path(named)
+    try:
+        return Path.home() / below_home
+    except RuntimeError:
+        return None
+
+
 def host_free_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """Memory that is free on this machine, or to this process where a container or a job may use less.
 

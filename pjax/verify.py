@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pjax.checkpoints.magic import is_gguf
 from pjax.errors import ConfigError, UnsupportedError
 from pjax.models import forward, load
 
@@ -87,7 +88,7 @@ class _Theirs:
             raise ConfigError(f"verify compares with transformers, but {error.name} is missing: pip install torch transformers") from error
         path = Path(model)
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
-        if path.suffix == ".gguf":
+        if path.is_file() and is_gguf(path):
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

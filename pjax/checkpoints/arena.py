@@ -11,7 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from pjax.machine import host_free_bytes
+from pjax.checkpoints.gguf_parts import parts_of
+from pjax.machine import expand_user, host_free_bytes
 
 ALIGNMENT = 64
 BLOCK = 64 << 20  # bytes of memory that parameters share
@@ -48,8 +49,8 @@ class Arena:
     @classmethod
     def ahead_of(cls, model: str | Path) -> Arena:
         """For the weights of a local checkpoint, as large as its files let expect; a quarter of the free memory at most."""
-        path = Path(model).expanduser()
-        files = [path] if path.is_file() else list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
+        path = expand_user(model)
+        files = parts_of(path) if path.is_file() else list(path.glob("model*.safetensors")) or list(path.glob("pytorch_model*.bin"))
         try:
             wanted = sum(file.stat().st_size * EXPANSION.get(file.suffix, 1) for file in files)
         except OSError:  # whoever opens it says what is wrong

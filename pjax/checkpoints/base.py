@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from pjax.checkpoints.gguf_header import GGUFHeader
+from pjax.checkpoints.magic import refuse_lfs_pointer
 from pjax.errors import CheckpointError
 
 
@@ -79,6 +80,7 @@ class FolderCheckpoint(Checkpoint):
 
 def read_json(path: Path, *, is_unique: bool = False) -> dict[str, Any]:
     """A JSON object; CheckpointError names the file when it is none, or where `is_unique` has a name twice."""
+    refuse_lfs_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique if is_unique else None)
     except (OSError, ValueError, RecursionError) as error:

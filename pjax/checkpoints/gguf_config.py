@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,16 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from pjax.checkpoints.inert_keys import sort_unknown
 from pjax.errors import CheckpointError, UnsupportedError
+
+log = logging.getLogger(__name__)
 
 # Fields that are applied here, or that change no forward pass.
 COMMON = frozenset(
     "attention.head_count attention.head_count_kv block_count context_length embedding_length expert_count expert_used_count "
-    "feed_forward_length vocab_size".split()
+    "attention.causal feed_forward_length vocab_size".split()
 )
 ROTARY = frozenset(
     "rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.factor rope.scaling.finetuned "
-    "rope.scaling.original_context_length rope.scaling.type rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow".split()
+    "rope.scaling.attn_factor rope.scaling.original_context_length rope.scaling.type rope.scaling.yarn_attn_factor "
+    "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_ext_factor".split()
 )
 LLAMA = (
     COMMON | ROTARY | frozenset("attention.key_length attention.layer_norm_rms_epsilon attention.value_length tensor_data_layout".split())
@@ -27,6 +32,20 @@ LLAMA = (
 GPT2 = COMMON | {"attention.layer_norm_epsilon"}
 GPT_NEOX = COMMON | ROTARY | {"attention.layer_norm_epsilon", "use_parallel_residual"}
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp makes of rope type llama3: a divisor of each rotary frequency
+# Values with which a field changes nothing; with another one it is refused.
+NEUTRAL_VALUES: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,  # llama.cpp: the usual one
+    "embedding_scale": 1.0,
+    "leading_dense_block_count": 0,
+    "logit_scale": 1.0,
+    "nextn_predict_layers": 0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+}
 LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 and 3.2 alike (their factor is another one); the file does not have these.
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -88,6 +107,16 @@ class Fields:
         }
 
 
+def check_architecture(metadata: Mapping[str, Any], path: Path) -> str:
+    """A file's architecture. CheckpointError when it names none, UnsupportedError when pjax does not have it."""
+    architecture = metadata.get("general.architecture")
+    if architecture is None:
+        raise CheckpointError(f"{path} has no metadata field general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return str(architecture)
+
+
 def hf_config(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None, path: Path
 ) -> dict[str, Any]:
@@ -100,11 +129,7 @@ def hf_config(
       path: for messages.
     Raises CheckpointError when a field is missing or wrong, UnsupportedError when one changes what pjax does not apply.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture is None:
-        raise CheckpointError(f"{path} has no metadata field general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    architecture = check_architecture(metadata, path)
     applied, make = ARCHITECTURES[architecture]
     for name in LONG_FACTORS:
         if name in shapes:
@@ -114,12 +139,25 @@ def hf_config(
     fields = Fields(architecture, metadata, shapes, rope_factors, path)
     if fields.get("expert_count"):
         raise UnsupportedError(f"{path}: {architecture}.expert_count is {fields.get('expert_count')}; supported: dense models")
-    prefix = f"{architecture}."
-    unknown = sorted(key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in applied)
-    if unknown:
-        values = ", ".join(f"{key}={metadata[key]!r}" for key in unknown)
-        raise UnsupportedError(f"{path} has metadata fields that pjax does not apply: {values}")
+    _check_unknown(fields, applied)
     return make(fields)
+
+
+def _check_unknown(fields: Fields, applied: frozenset[str]) -> None:
+    """Refuses fields that are not applied and could change the result, and names the other unknown ones in the log."""
+    prefix = f"{fields.architecture}."
+    values = {key.removeprefix(prefix): value for key, value in fields.metadata.items() if key.startswith(prefix)}
+    changed = [key for key, neutral in NEUTRAL_VALUES.items() if values.get(key, neutral) != neutral]
+    refused, ignored = sort_unknown(key for key in values if key not in applied and key not in NEUTRAL_VALUES)
+    refused = sorted({*changed, *refused})
+
+    def shown(keys: list[str]) -> str:
+        return ", ".join(f"{prefix}{key}={values[key]!r}" for key in keys)
+
+    if refused:
+        raise UnsupportedError(f"{fields.path} has metadata fields that pjax does not apply: {shown(refused)}")
+    if ignored:
+        log.info("%s has metadata fields that are ignored: %s", fields.path.name, shown(ignored))
 
 
 def _llama(fields: Fields) -> dict[str, Any]:
@@ -204,11 +242,16 @@ def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
     if kind not in ("none", "linear", "yarn"):
         name = f"{fields.architecture}.rope.scaling.type"
         raise UnsupportedError(f"{fields.path}: {name} is {kind!r}; supported: none, linear, yarn")
+    attn_factor = fields.number("rope.scaling.attn_factor", fields.number("rope.scaling.yarn_attn_factor", 1.0))
+    if attn_factor != 1 and (kind != "yarn" or factor in (0, 1)):
+        raise UnsupportedError(f"{fields.path}: {fields.architecture}.rope.scaling.attn_factor is {attn_factor}; supported: 1, or yarn")
     if kind == "none" or factor in (0, 1):
         return None
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if (original := fields.get("rope.scaling.original_context_length")) is not None:
         scaling["original_max_position_embeddings"] = original
+    if attn_factor != 1:
+        scaling["attn_factor"] = attn_factor
     if kind == "yarn":
         for key in ("beta_fast", "beta_slow"):
             if (value := fields.get(f"rope.scaling.yarn_{key}")) is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pjax.checkpoints.magic import GGUF_MAGIC, refuse_lfs_pointer
 from pjax.errors import CheckpointError, UnsupportedError
 
 # Types of metadata values, of the format's specification.
@@ -43,10 +44,11 @@ class GGUFHeader:
 
 def read_gguf_header(path: Path) -> GGUFHeader:
     """The header. Raises CheckpointError when the file is no GGUF, damaged or truncated, UnsupportedError when it is big-endian."""
+    refuse_lfs_pointer(path)
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
-            if magic != b"GGUF":
+            magic = file.read(len(GGUF_MAGIC))
+            if magic != GGUF_MAGIC:
                 raise CheckpointError(f"{path} is no GGUF file: it begins with {magic!r}, but must begin with b'GGUF'")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(path, data)

@@ -49,7 +49,8 @@ class HFFolder(FolderCheckpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} has no config.json")
+            ggufs = sorted(file.name for file in path.glob("*.gguf"))
+            raise CheckpointError(f"{path} has no config.json" + (f"; give one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""))
         self._maps: dict[Path, mmap.mmap] = {}
         layout = next((one for one in LAYOUTS if lexists(path / one.single) or lexists(path / one.index)), None)
         if layout is None:

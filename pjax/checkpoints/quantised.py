@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pjax.checkpoints.gguf_types import BLOCKS, GGUFType
+from pjax.errors import UnsupportedError
 
 CHUNK_ELEMENTS = 1 << 16  # dequantised at once: temporaries that stay in the second cache, three times as fast as with 1 << 18
 
@@ -53,10 +54,15 @@ class Quantised:
 
 
 def dequantised(data: np.ndarray, num_values: int, kind: GGUFType) -> np.ndarray:
-    """float32 [num_values] of blocks, uint8 and one after the other, by the `gguf` package."""
+    """float32 [num_values] of blocks, uint8 and one after the other, by the `gguf` package.
+
+    Raises UnsupportedError when the package that is installed does not have the type.
+    """
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
+    if kind.name not in GGMLQuantizationType.__members__:
+        raise UnsupportedError(f"the installed gguf package does not dequantise {kind.name}; pip install -U gguf")
     (block, size), theirs = BLOCKS[kind], GGMLQuantizationType(kind)
     step = CHUNK_ELEMENTS // block
     if 0 < num_values <= step * block:

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pjax.checkpoints.base import unique
+from pjax.checkpoints.magic import refuse_lfs_pointer
 from pjax.checkpoints.stored import StoredTensor, row_major
 from pjax.errors import CheckpointError
 
@@ -18,6 +19,7 @@ NAMES |= {f"{short}{bits}": f"{long}{bits}" for short, long in (("I", "int"), ("
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor by its name. CheckpointError when the file is damaged, truncated or something else."""
+    refuse_lfs_pointer(path)
     try:
         with safe_open(str(path), framework="np"):
             pass  # opening checks sizes, offsets and shapes against each other and the file

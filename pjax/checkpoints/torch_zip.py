@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
+from pjax.checkpoints.magic import refuse_lfs_pointer
 from pjax.checkpoints.stored import StoredTensor
 from pjax.checkpoints.torch_pickle import Storage, TensorView, read_pickle
 from pjax.errors import CheckpointError, UnsupportedError
@@ -27,6 +28,7 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError when the file is damaged, truncated, or holds anything but tensors, UnsupportedError when it has
     torch's format of before 1.6 or is big-endian.
     """
+    refuse_lfs_pointer(path)
     with path.open("rb") as file:
         magic = file.read(4)
         if magic[:1] == PICKLE_MAGIC:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from pjax.cli.flags import Parser
 from pjax.cli.talk import Message, Partner, ServerError, add_partner, open_partner
 from pjax.errors import InvalidRequestError, RequestFailedError
+from pjax.machine import expand_user, user_folder
 
 HELP = """/help            this
 /reset           forget the conversation
@@ -135,13 +134,13 @@ class Chat:
 
     def _save(self, name: str) -> None:
         try:
-            Path(name).expanduser().write_text(json.dumps(self.messages, indent=2, ensure_ascii=False), encoding="utf-8")
+            expand_user(name).write_text(json.dumps(self.messages, indent=2, ensure_ascii=False), encoding="utf-8")
         except OSError as error:
             _tell(f"it can't be saved: {error}")
 
     def _load(self, name: str) -> None:
         try:
-            found = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+            found = json.loads(expand_user(name).read_text(encoding="utf-8"))
             messages = [{"role": str(message["role"]), "content": str(message["content"])} for message in found]
         except (OSError, ValueError, KeyError, TypeError) as error:
             _tell(f"{name!r} is no conversation: {error}")
@@ -182,7 +181,11 @@ def _line_history() -> Iterator[None]:
         return
     import readline
 
-    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "pjax" / "chat_history"
+    state = user_folder("XDG_STATE_HOME", ".local/state")
+    if state is None:  # the keys work, without earlier chats
+        yield
+        return
+    path = state / "pjax" / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pjax import __version__
+from pjax.checkpoints.gguf_parts import parts_of
 from pjax.config import EngineConfig
 
 OWN = ("node_rank", "master_addr", "master_port", "master_key", "start_timeout", "compilation_cache_dir", "seed")
@@ -63,7 +64,7 @@ def digest_of_sources(folder: Path) -> str:
 
 def _files(path: Path) -> Iterable[tuple[str, str]]:
     if path.is_file():
-        return [(path.name, describe_file(path))]
+        return [(part.name, describe_file(part)) for part in parts_of(path)]
     files = sorted(file for file in path.rglob("*") if file.is_file())
     weights = [file for file in files if file.suffix in WEIGHTS]
     return [(str(file.relative_to(path)), describe_file(file)) for file in weights or files]  # orbax has its own names

@@ -22,16 +22,27 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None
+    attention_factor: float | None = None  # replaces YaRN's own
+    attn_factor: float = 1.0  # multiplies YaRN's own, as in vLLM and llama.cpp
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
     fraction: float = 1.0  # of a head that is rotated
 
+    def scaled_length(self, max_position: int) -> int:
+        """Tokens that a sequence may have, for a config with `max_position`: what vLLM derives.
+
+        Linear and dynamic scaling multiply `max_position`, YaRN multiplies the original length. llama3's `max_position` is scaled already.
+        """
+        if self.kind in ("default", "llama3"):
+            return max_position
+        return int(self.factor * (self.original_max_position if self.kind == "yarn" else max_position))
+
 
 def inverse_frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
-    """float32 [H / 2]: radians a token per rotated pair, after linear, llama3 or YaRN scaling."""
-    base = 1.0 / config.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    """float32 [H / 2]: radians a token per rotated pair, after scaling."""
+    theta = config.theta * (_dynamic_stretch(config.factor, head_size) if config.kind == "dynamic" else 1.0)
+    base = 1.0 / theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
     if config.kind == "linear":
         base = base / config.factor
     elif config.kind == "llama3":
@@ -39,6 +50,15 @@ def inverse_frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
     elif config.kind == "yarn":
         base = _yarn(base, config, head_size)
     return base.astype(np.float32)
+
+
+def _dynamic_stretch(factor: float, head_size: int) -> float:
+    """What dynamic NTK multiplies the base by, for a sequence of `factor` times the original length.
+
+    transformers takes the base that fits the current length. Keys in the cache are rotated already and shared between sequences of
+    different lengths, so there is one base here for all, as in vLLM: the base of the longest sequence.
+    """
+    return (factor * factor - (factor - 1)) ** (head_size / (head_size - 2))
 
 
 def _llama3(base: np.ndarray, config: RopeConfig) -> np.ndarray:
@@ -76,26 +96,13 @@ def attention_factor(config: RopeConfig) -> float:
         return 1.0 if config.factor <= 1 else 0.1 * scale * math.log(config.factor) + 1.0
 
     if config.mscale and config.mscale_all_dim:
-        return temperature(config.mscale) / temperature(config.mscale_all_dim)
-    return temperature(1.0)
+        return config.attn_factor * temperature(config.mscale) / temperature(config.mscale_all_dim)
+    return config.attn_factor * temperature(1.0)
 
 
 def rotation(config: RopeConfig, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [T, H / 2], for int32 positions [T].
-
-    Dynamic NTK: a token past the original context takes the base that fits its own position, as transformers does when
-    it decodes step by step. (transformers gives a prompt that is itself longer than that the base of its last token;
-    tokens computed in chunks, as here, can't depend on later ones.)
-    """
-    position = positions.astype(jnp.float32)[:, None]
-    if config.kind == "dynamic":
-        length = jnp.maximum(position + 1, config.original_max_position)
-        stretch = config.factor * length / config.original_max_position - (config.factor - 1)
-        theta = config.theta * stretch ** (head_size / (head_size - 2))
-        exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-        angles = position / theta**exponents
-    else:
-        angles = position * inverse_frequencies(config, head_size)
+    """Cosines and sines, float32 [T, H / 2], for int32 positions [T]."""
+    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, head_size)
     factor = attention_factor(config)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

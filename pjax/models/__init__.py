@@ -151,7 +151,7 @@ def open_model(
         config=config,
         graph=graph,
         abstract=abstract,
-        eos_token_ids=_token_ids(checkpoint.generation_config().get("eos_token_id", hf.get("eos_token_id"))),
+        eos_token_ids=_token_ids(_first_of("eos_token_id", checkpoint.generation_config(), hf)),
         path=checkpoint.path,
         header=checkpoint.header,
         dtype=dtype,
@@ -194,8 +194,14 @@ def to_hf_state(model: Any) -> dict[str, jax.Array]:
     return to_sources(state, expand(family.weight_table(config), config.num_layers), config.num_layers)
 
 
+def _first_of(key: str, *configs: Mapping[str, Any]) -> Any:
+    """The value of the first config that has the key; null is no value."""
+    return next((config[key] for config in configs if config.get(key) is not None), None)
+
+
 def _token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of a config's eos_token_id. Those that no vocabulary has, -1 say, are left to `Intake`, which drops them with a warning."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise CheckpointError(f"eos_token_id is {value!r}, but must be a token id or a list of them")
     return tuple(ids)

@@ -44,6 +44,7 @@ class GPTNeoXConfig(MultiHeadConfig):
         config = ConfigReader(hf, "gpt_neox")
         hidden_size = config.integer("hidden_size")
         max_position = config.integer("max_position_embeddings", 2048)
+        rope = read_rope(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct")
         made = cls(
             vocab_size=config.integer("vocab_size"),
             hidden_size=hidden_size,
@@ -51,9 +52,9 @@ class GPTNeoXConfig(MultiHeadConfig):
             num_layers=config.integer("num_hidden_layers"),
             num_heads=(num_heads := config.divisor("num_attention_heads", "hidden_size")),
             head_size=hidden_size // num_heads,
-            max_position=max_position,
+            max_position=rope.scaled_length(max_position),
             layer_norm_epsilon=config.number("layer_norm_eps", 1e-5),
-            rope=read_rope(config, max_position, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
+            rope=rope,
             activation=config.only("hidden_act", ACTIVATIONS, "gelu"),
             attention_bias=config.flag("attention_bias", True),
             parallel=config.flag("use_parallel_residual", True),

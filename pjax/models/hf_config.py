@@ -1,31 +1,28 @@
-"""Reading a Hugging Face config: what is used, what is known to change nothing, and the rest refused by name."""
+"""Reading a Hugging Face config: what is used, what changes nothing, and the rest refused by name."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pjax.checkpoints.inert_keys import is_inert, sort_unknown
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.layers.rope import RopeConfig
 
-# Keys that describe training, storage or other libraries' run time, and never a forward pass.
-NEUTRAL_KEYS = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path activation_dropout architectures attention_dropout "
-    "attention_probs_dropout_prob attn_pdrop auto_map bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines "
-    "decoder_start_token_id dropout dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing hidden_dropout "
-    "hidden_dropout_prob id2label init_std initializer_range is_decoder is_encoder_decoder is_llama_config "
-    "keys_to_ignore_at_inference label2id language layerdrop max_sequence_length model_type n_ctx n_special name_or_path "
-    "num_labels output_attentions output_hidden_states output_past pad_token_id predict_special_tokens prefix problem_type "
-    "pruned_heads quantization resid_pdrop return_dict rope_interleaved sep_token_id summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj task_specific_params tf_legacy_loss tie_encoder_decoder torch_dtype "
-    "torchscript transformers.js_config transformers_version use_bfloat16 use_cache vocab_size_is_padded".split()
-)
+log = logging.getLogger(__name__)
+
+# Fields of rotary scaling that some kinds of it have. transformers and vLLM do not read those of another kind.
+ROPE_KEYS = (
+    "factor low_freq_factor high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim "
+    "original_max_position_embeddings"
+).split()
 
 
 class ConfigReader:
-    """Takes keys from a config and remembers which; `finish` refuses what nobody took."""
+    """Takes keys from a config and remembers which; `finish` refuses what nobody took and could change the result."""
 
     def __init__(self, hf: Mapping[str, Any], family: str) -> None:
         self._hf = dict(hf)
@@ -85,11 +82,26 @@ class ConfigReader:
         return values[0] if values else None
 
     def finish(self) -> None:
-        """Refuses keys that were not taken and are not known to be neutral."""
-        left = sorted(key for key in self._hf if key not in self._taken and key not in NEUTRAL_KEYS and self._hf[key] is not None)
-        if left:
-            fields = ", ".join(f"{key}={self._hf[key]!r}" for key in left)
-            raise UnsupportedError(f"{self._family} config has fields that pjax does not apply: {fields}")
+        """Refuses what nobody read and could change the result; names in the log what is unknown beside it (`inert_keys`)."""
+        self._settle(*sort_unknown(self._left))
+
+    def finish_all(self, inert: Iterable[str]) -> None:
+        """Refuses whatever nobody read, but for names that are inert here: those are named in the log."""
+        others = [key for key in self._left if not is_inert(key)]
+        self._settle([key for key in others if key not in inert], [key for key in others if key in inert])
+
+    @property
+    def _left(self) -> list[str]:
+        return [key for key, value in self._hf.items() if key not in self._taken and value is not None]
+
+    def _settle(self, refused: list[str], ignored: list[str]) -> None:
+        if refused:
+            raise UnsupportedError(f"{self._family} config has fields that pjax does not apply: {self._shown(refused)}")
+        if ignored:
+            log.info("%s config has fields that are ignored: %s", self._family, self._shown(ignored))
+
+    def _shown(self, keys: list[str]) -> str:
+        return ", ".join(f"{key}={self._hf[key]!r}" for key in sorted(keys))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +144,15 @@ def read_rope(config: ConfigReader, max_position: int, *, theta_key: str = "rope
     values: dict[str, Any] = {"kind": kind, "theta": theta_reader.number("rope_theta", 10000.0)}
     if kind != "default":
         values["factor"] = inner.number("factor")
-    values["original_max_position"] = inner.integer("original_max_position_embeddings", max_position)
+    original = inner.integer("original_max_position_embeddings", max_position)
+    values["original_max_position"] = max_position if kind == "dynamic" else original  # dynamic: as in transformers and vLLM
     if kind == "llama3":
         values["low_freq_factor"] = inner.number("low_freq_factor")
         values["high_freq_factor"] = inner.number("high_freq_factor")
     if kind == "yarn":
         values["beta_fast"] = inner.number("beta_fast", 32.0)
         values["beta_slow"] = inner.number("beta_slow", 1.0)
+        values["attn_factor"] = inner.number("attn_factor", 1.0)
         values["truncate"] = inner.flag("truncate", True)
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             values[key] = None if inner.get(key) is None else inner.number(key)
@@ -149,5 +163,8 @@ def read_rope(config: ConfigReader, max_position: int, *, theta_key: str = "rope
         values["fraction"] = inner.number("partial_rotary_factor", 0.25 if fraction is None else fraction)
         if values["fraction"] > 1:
             raise CheckpointError(f"rope scaling: {fraction_key} is {values['fraction']}, but must be in (0, 1]")
-    inner.finish()
+    if kind != "yarn":
+        inner.only("attn_factor", (1, 1.0), 1.0)
+    inner.only("extrapolation_factor", (1, 1.0), 1.0)
+    inner.finish_all(ROPE_KEYS)
     return RopeConfig(**values)

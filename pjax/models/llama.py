@@ -54,6 +54,7 @@ class LlamaConfig:
         config = ConfigReader(hf, str(kind))
         hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         max_position = config.integer("max_position_embeddings", 2048)
+        rope = read_rope(config, max_position)
         config.only("pretraining_tp", (1,), 1)
         config.only("use_mrope", (False,), False)
         attention_bias = config.flag("attention_bias")
@@ -65,9 +66,9 @@ class LlamaConfig:
             num_heads=num_heads,
             num_kv_heads=config.divisor("num_key_value_heads", "num_attention_heads", num_heads),
             head_size=config.integer("head_dim", hidden_size // num_heads),
-            max_position=max_position,
+            max_position=rope.scaled_length(max_position),
             rms_norm_epsilon=config.number("rms_norm_eps", 1e-6),
-            rope=read_rope(config, max_position),
+            rope=rope,
             activation=config.only("hidden_act", ACTIVATIONS, "silu"),
             attention_bias=attention_bias or kind == "qwen2",
             out_bias=attention_bias,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pjax.errors import ConfigError
+from pjax.machine import expand_user
 
 JINJA_CHARACTERS = "{}\n"  # a path has none of them, a template has at least one
 
@@ -26,7 +27,7 @@ def read_template(template: str | Path) -> str:
     else:
         name = f"chat template {template}"
         try:
-            text = Path(template).expanduser().read_text(encoding="utf-8")
+            text = expand_user(template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{name} is not readable as a file of UTF-8: {error}") from error
     from jinja2.exceptions import TemplateSyntaxError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from pjax.checkpoints.gguf_header import GGUFHeader, read_gguf_header
+from pjax.checkpoints.gguf_parts import parts_of
 from pjax.errors import CheckpointError, UnsupportedError
 from pjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -25,6 +29,12 @@ QWEN2_KINDS = ("qwen2", "deepseek-r1-qwen")
 NFC_KINDS = (*QWEN2_KINDS, "olmo", "mpt")  # GGUF does not say that a text is normalised; these tokenizers' sources do it
 NFC_ARCHITECTURES = ("gptneox",)  # Pythia's and Dolly's tokenizer is olmo's, which files from before 2024 don't name
 
+# Texts of tokens that end a turn or a text: llama.cpp finds them in the vocabulary, whatever eos_token_id says.
+ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>",
+    "<EOT>", "_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
+)  # fmt: skip
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types of the format's specification
 
 
@@ -33,7 +43,7 @@ class _Metadata:
 
     def __init__(self, path: Path, header: GGUFHeader | None) -> None:
         self.path = path
-        self._fields = (header or read_gguf_header(path)).metadata
+        self._fields = (header or read_gguf_header(parts_of(path)[0])).metadata
 
     @property
     def architecture(self) -> Any:
@@ -56,10 +66,16 @@ class _Metadata:
         return values
 
     def token_id(self, key: str, tokens: Sequence[str], default: int | None = None) -> int | None:
-        """A token's id, or None where the file and its model name none."""
+        """A token's id, or None where the file and its model name none.
+
+        Like llama.cpp, takes the default with a warning where the file names an id that is no token's.
+        """
         index = self.get(key, default)
-        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
-            raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be in [0, {len(tokens)})")
+        if index is not None and (not isinstance(index, int) or isinstance(index, bool)):
+            raise CheckpointError(f"{self.path}: tokenizer.{key} is {index!r}, but must be a token id")
+        if index is not None and not 0 <= index < len(tokens):
+            log.warning("%s: tokenizer.%s is %d, which is ignored: token ids are in [0, %d)", self.path.name, key, index, len(tokens))
+            return default
         return index
 
 
@@ -86,7 +102,9 @@ def load_gguf_tokenizer(path: Path, header: GGUFHeader | None = None) -> Tokeniz
     except Exception as error:  # tokenizers raises plain Exception, for example when a merge names no token
         raise CheckpointError(f"{path}: its tokens and merges do not fit together: {error}") from error
     types = metadata.of_tokens("ggml.token_type", len(tokens), NORMAL)
-    borders = {index for index in (ids["bos"], ids["eos"]) if index is not None}
+    ends = [index for key in ("eos", "eot", "eom") if (index := ids[key]) is not None]
+    found = _found(ENDS, tokens)
+    borders = {index for index in (ids["bos"], ids["eos"], *found) if index is not None}
     special = [t for i, (t, kind) in enumerate(zip(tokens, types)) if kind in (UNKNOWN, CONTROL) or i in borders]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     backend.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, types) if kind == USER_DEFINED])
@@ -94,9 +112,14 @@ def load_gguf_tokenizer(path: Path, header: GGUFHeader | None = None) -> Tokeniz
     names = {name: tokens[index] for name, key in keys.items() if (index := ids[key]) is not None}
     begins = metadata.get("ggml.add_bos_token", is_llama or metadata.get("ggml.pre") in LLAMA3_KINDS)  # llama.cpp's defaults
     _add_borders(backend, names, bos=bool(begins), eos=bool(metadata.get("ggml.add_eos_token", False)))
-    ends = [index for key in ("eos", "eot", "eom") if (index := ids[key]) is not None]
     template = metadata.get("chat_template")
-    return Tokenizer(backend, special_tokens=names, eos_token_ids=tuple(dict.fromkeys(ends)), chat_template=template)
+    return Tokenizer(backend, special_tokens=names, eos_token_ids=tuple(dict.fromkeys([*ends, *found])), chat_template=template)
+
+
+def _found(texts: Sequence[str], tokens: Sequence[str]) -> list[int]:
+    """Ids of those of the texts that are tokens."""
+    wanted = set(texts)
+    return [index for index, token in enumerate(tokens) if token in wanted]
 
 
 def _byte_level(metadata: _Metadata, tokens: list[str]) -> Backend:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from pjax.checkpoints.magic import refuse_lfs_pointer
 from pjax.errors import CheckpointError, InvalidRequestError
+from pjax.text.added_tokens import add_stated_tokens, named_special_tokens, other_special_tokens
 from pjax.text.chat_template import render
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -97,6 +103,7 @@ def load_folder_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder. CheckpointError when there is none or it is damaged."""
     if not (path / "tokenizer.json").is_file():
         return _convert_slow(path)
+    refuse_lfs_pointer(path / "tokenizer.json")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
@@ -109,15 +116,20 @@ def load_folder_tokenizer(path: Path) -> Tokenizer:
 def _with_settings(path: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
     # Begin and end tokens are the post-processor's: like transformers 5, add_bos_token and add_eos_token of
     # tokenizer_config.json count only where there is no tokenizer.json, and then transformers has applied them.
-    settings = _json(path / "tokenizer_config.json")
-    special: dict[str, str] = {}
-    for key, value in (_json(path / "special_tokens_map.json") | settings).items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(value, str):
-            special[key] = value
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    known = {token for token in special.values() if token not in added and backend.token_to_id(token) is not None}
+    config = _json(path / "tokenizer_config.json")
+    settings = _json(path / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
+    add_stated_tokens(backend, settings, _json(path / "added_tokens.json"), path)
+    special = named_special_tokens(settings)
+    added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    known = {
+        token
+        for token in (*special.values(), *other_special_tokens(settings))
+        if token not in added and backend.token_to_id(token) is not None
+    }
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in sorted(known)])
+    for name in ("bos_token", "eos_token"):
+        if name in special and backend.token_to_id(special[name]) is None:
+            log.warning("%s: its %s is %r, which its tokenizer does not have: it is ignored", path.name, name, special[name])
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return Tokenizer(
         backend,
@@ -144,6 +156,9 @@ def _convert_slow(path: Path) -> Tokenizer:
     names = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
     if not any((path / name).is_file() for name in names):
         raise CheckpointError(f"{path} has no tokenizer (tokenizer.json, {', '.join(names)}); skip_tokenizer_init does without one")
+    if (path / "tokenizer.model").is_file():
+        refuse_lfs_pointer(path / "tokenizer.model")
+        _check_packages(path / "tokenizer.model")
     from transformers import AutoTokenizer
 
     try:
@@ -151,6 +166,28 @@ def _convert_slow(path: Path) -> Tokenizer:
     except Exception as error:
         raise CheckpointError(f"{path}: transformers can't read its tokenizer: {error}") from error
     return _with_settings(path, converted.backend_tokenizer)
+
+
+def _check_packages(file: Path) -> None:
+    """Names the packages that a slow tokenizer's file needs, where they are missing: transformers' own message names others too."""
+    with file.open("rb") as opened:
+        is_sentencepiece = opened.read(1) == b"\n"  # a list of pieces; tiktoken's file is lines of text
+    kind, modules = ("SentencePiece", ("sentencepiece", "google.protobuf")) if is_sentencepiece else ("tiktoken", ("tiktoken",))
+    missing = [name for name in modules if not _is_there(name)]
+    if missing:
+        packages = "pip install 'pjax[sentencepiece]'" if is_sentencepiece else "pip install tiktoken"
+        raise CheckpointError(
+            f"{file} is a {kind} model without a tokenizer.json, and {', '.join(missing)} is missing: {packages}, "
+            "or give the tokenizer.json of the same model"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _json(path: Path) -> dict[str, Any]:

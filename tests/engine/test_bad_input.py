@@ -69,9 +69,9 @@ def test_bad_sampling_parameters(fields: dict[str, Any], message: str) -> None:
 
 def test_tokens_that_the_model_does_not_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A tokenizer of 260 tokens, and an end in the config, beyond a model's 200: nobody's step fails."""
-    beyond = list(range(5000, 5008))
-    llm = LLM(write_model(tmp_path, vocab_size=200, eos_token_id=[7, 230, *beyond]), **OPTIONS)
-    assert f"end-of-sequence token ids {[230, 257, *beyond]} are ignored: the model's token ids are in [0, 200)" in caplog.messages
+    beyond = [*range(5000, 5008), 1 << 40]
+    llm = LLM(write_model(tmp_path, vocab_size=200, eos_token_id=[7, 230, -1, *beyond]), **OPTIONS)
+    assert f"end-of-sequence token ids {[-1, 230, 257, *beyond]} are ignored: the model's token ids are in [0, 200)" in caplog.messages
     plain = llm.generate([[1, 2, 3], [4, 5]], greedy(6), use_tqdm=False)
     held = SamplingParams(temperature=0, max_tokens=6, min_tokens=6, logit_bias={7: 100.0})
     outputs = llm.generate([[1, 2, 3], [4, 5]], [greedy(6), held], use_tqdm=False)

@@ -37,7 +37,6 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         "relu, theta": {"hidden_act": "relu", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
         "epsilon": {"rms_norm_eps": 1e-2},
         "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}},
-        "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
         "llama3": {
             "rope_parameters": {
                 "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -98,7 +97,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 THROUGH_PAGES = {  # of what depends on positions, pages or the layer, one of each kind
-    "Llama": ("plain", "dynamic"),
+    "Llama": ("plain", "yarn"),
     "Mistral": ("window",),
     "Qwen2": ("window of the second layer",),
     "GPTNeoX": ("plain",),
@@ -202,7 +201,7 @@ def test_gradients_and_names_are_torchs(family: str, mode: str, tmp_path: Path, 
     [
         ("GPT2", {"add_cross_attention": True}, "gpt2 config: add_cross_attention is True; supported: False"),
         ("GPTNeoX", {"hidden_act": "tanh"}, "gpt_neox config: hidden_act is 'tanh'; supported: 'silu'"),
-        ("OPT", {"new_field": 3}, "opt config has fields that pjax does not apply: new_field=3"),
+        ("OPT", {"new_norm": 3}, "opt config has fields that pjax does not apply: new_norm=3"),
     ],
 )
 def test_what_is_not_applied_is_refused(family: str, changes: dict[str, Any], message: str) -> None:

@@ -69,6 +69,34 @@ def test_configs_that_do_not_fit(change: dict[str, object], error: type[Exceptio
         open_model(folder, dtype="float32")
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "ids"),
+    [
+        ({"eos_token_id": 5}, None, (5,)),
+        ({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, (6, 7)),
+        ({"eos_token_id": 5}, {"eos_token_id": None}, (5,)),
+        ({"eos_token_id": [5, 99999, -1]}, {}, (5, 99999, -1)),  # an engine drops the last two (tests/engine/test_bad_input.py)
+        ({"eos_token_id": None}, None, ()),
+    ],
+)
+def test_end_tokens_of_the_configs(
+    config: dict[str, object], generation: dict[str, object] | None, ids: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = write_model(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert open_model(tmp_path, dtype="float32").eos_token_ids == ids
+
+
+@pytest.mark.parametrize("value", ["5", True, [5, None], 5.5])
+def test_end_tokens_that_are_no_ids(value: object, tmp_path: Path) -> None:
+    path = write_model(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"eos_token_id is .*, but must be a token id or a list of them"):
+        open_model(tmp_path, dtype="float32")
+
+
 MEASURE = """
 import pathlib, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np

@@ -159,5 +159,7 @@ def test_shuffled_pieces(pair: tuple[Tokenizer, Any]) -> None:
 def test_what_it_says_of_itself(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     assert ours.vocab_size == len(theirs) + 5
-    assert ours.eos_token_ids == (theirs.eos_token_id,)
+    found = {theirs.convert_tokens_to_ids(text) for text in ("<|im_end|>", "<|endoftext|>") if text in theirs.get_vocab()}
+    assert set(ours.eos_token_ids) == {theirs.eos_token_id, *found}
+    assert ours.eos_token_ids[0] == theirs.eos_token_id
     assert ours.special_ids == set(theirs.all_special_ids)

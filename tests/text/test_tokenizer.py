@@ -58,7 +58,9 @@ def test_the_demo_tokenizer_is_what_its_file_says(demo: Tokenizer) -> None:
     assert demo.vocab_size == 49152
     assert [demo.id_to_token(i) for i in range(3)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert demo.id_to_token(demo.vocab_size) is None
-    assert (demo.bos_token_id, demo.eos_token_ids) == (1, (2,))
+    assert (demo.bos_token_id, demo.eos_token_ids) == (1, (2, 0)), (
+        "<|im_end|>, which the file names, and <|endoftext|>, which llama.cpp finds"
+    )
     assert demo.special_ids == frozenset(range(17))
 
 
@@ -188,6 +190,19 @@ def test_the_groups_of_digits(tmp_path: Path, kind: str, groups: list[str]) -> N
     assert [word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("1234")] == groups
 
 
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"])
+@pytest.mark.parametrize("kind", [1, 3])  # llama.cpp takes a normal token of such a text for a control token
+def test_ends_of_turns_of_a_gguf_are_found_by_their_text(text: str, kind: int, tmp_path: Path) -> None:
+    fields = byte_level_fields()
+    fields["ggml.tokens"], fields["ggml.token_type"] = [*fields["ggml.tokens"], text], [*fields["ggml.token_type"], kind]
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", fields))
+    end = len(fields["ggml.tokens"]) - 1
+    assert tokenizer.eos_token_ids == (1, end)
+    assert tokenizer.special_ids == {0, 1, end}
+    assert tokenizer.encode(f"a{text}b", add_special_tokens=False) == [*tokenizer.encode("a", False), end, *tokenizer.encode("b", False)]
+    assert tokenizer.decode(tokenizer.encode(f"a{text}b")) == "ab"
+
+
 def test_flags_and_types_of_a_gguf(tmp_path: Path) -> None:
     fields = byte_level_fields(**{"ggml.add_bos_token": True, "ggml.add_eos_token": True, "ggml.eot_token_id": 258})
     fields["ggml.token_type"][-1] = 4  # "abc" is defined by the user
@@ -231,13 +246,22 @@ def test_a_llama_gguf_reads_as_its_folder(tmp_path: Path) -> None:
         ({"ggml.merges": ["a none"]}, CheckpointError, "do not fit together"),
         ({"ggml.merges": ["ab"]}, CheckpointError, "do not fit together"),
         ({"ggml.token_type": [1, 1]}, CheckpointError, r"token_type has 2 entries, but there are 261 tokens"),
-        ({"ggml.bos_token_id": 999}, CheckpointError, r"bos_token_id is 999, but must be in \[0, 261\)"),
+        ({"ggml.bos_token_id": "a"}, CheckpointError, r"bos_token_id is 'a', but must be a token id"),
     ],
 )
 def test_what_a_gguf_lacks_is_named(tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     path = write_gguf(tmp_path / "a.gguf", byte_level_fields(**changes))
     with pytest.raises(error, match=message):
         load_gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize("beyond", [261, 999, 4294967295])  # the last is llama.cpp's "none"
+def test_ids_of_a_gguf_beyond_its_vocabulary_are_dropped(beyond: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "a.gguf", byte_level_fields(**{f"ggml.{n}_token_id": beyond for n in names})))
+    assert (tokenizer.eos_token_ids, tokenizer.bos_token_id, tokenizer.special_tokens) == ((), None, {})
+    ignored = [f"a.gguf: tokenizer.ggml.{n}_token_id is {beyond}, which is ignored: token ids are in [0, 261)" for n in names]
+    assert sorted(caplog.messages) == sorted(ignored)
 
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
