@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"layers", "checkpoints", "errors", "machine", "moved"},
     "kv_cache": {"errors"},
     "scheduler": {"kv_cache", "errors", "params", "outputs"},
-    "hosts": {"errors", "config"},
+    "hosts": {"errors", "config", "checkpoints.gguf_parts"},
     "sampling": {"errors", "params"},
     "runner": {
         "machine",
@@ -55,8 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "params",
     },
-    "text": {"errors", "params", "checkpoints.gguf_header"},
-    "convert": {"models", "checkpoints", "text", "errors"},
+    "text": {"errors", "params", "machine", "checkpoints.gguf_header", "checkpoints.gguf_parts", "checkpoints.magic"},
+    "convert": {"models", "checkpoints", "text", "errors", "machine"},
     "memory": {"kv_cache", "errors", "config", "machine"},
     "metrics": {"errors", "config", "outputs"},
 }

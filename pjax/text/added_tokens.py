@@ -64,7 +64,7 @@ def _id_of(backend: tokenizers.Tokenizer, content: str) -> int:
 
 
 def _of_decoder(stated: Any, path: Path) -> Iterator[tuple[int, tokenizers.AddedToken]]:
-    """Of `added_tokens_decoder`: entries by ids, which JSON has as texts."""
+    """The entries of `added_tokens_decoder` by their ids, which JSON has as texts."""
     if not isinstance(stated, Mapping):
         raise CheckpointError(f"{path}: added_tokens_decoder is {stated!r:.80}, but must be an object")
     for key, entry in stated.items():
@@ -76,7 +76,7 @@ def _of_decoder(stated: Any, path: Path) -> Iterator[tuple[int, tokenizers.Added
 
 
 def _of_list(added: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> Iterator[tuple[int, tokenizers.AddedToken]]:
-    """Of added_tokens.json, ids by texts: special are those that the other files name so."""
+    """The entries of added_tokens.json by their ids; special are those that the other files name so."""
     special = {*named_special_tokens(settings).values(), *other_special_tokens(settings)}
     for content, token_id in added.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool):
