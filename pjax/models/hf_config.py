@@ -127,16 +127,20 @@ class MultiHeadConfig:
 def read_rope(config: ConfigReader, max_position: int, *, theta_key: str = "rope_theta", fraction_key: str | None = None) -> RopeConfig:
     """Reads rotary positions from `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5).
 
+    Where both are there, rope_scaling counts, as in transformers: somebody added a recipe to a config that transformers 5 had written.
+    The base may stay in rope_parameters then.
     A family whose heads are rotated in part names the key of the part; for the others it must be 1. A family's own keys may stand
     beside the usual ones with the same values, as later versions of transformers 4 wrote them.
     """
     theta = config.same(theta_key, "rope_theta")
-    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    raw = scaling or parameters or {}
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"rope scaling is {raw!r}, but must be an object")
-    config.get("rope_scaling")
     inner = ConfigReader(raw, "rope scaling")
     inner_theta = inner.get("rope_theta")
+    if inner_theta is None and theta is None and isinstance(parameters, Mapping):
+        inner_theta = parameters.get("rope_theta")
     theta_reader = ConfigReader({"rope_theta": theta if inner_theta is None else inner_theta}, "rope")
     kind, old_kind = inner.get("rope_type"), inner.get("type")  # older files say "type"
     inner_kind = ConfigReader({"rope_type": kind or old_kind}, "rope scaling")

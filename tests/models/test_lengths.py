@@ -71,6 +71,16 @@ def test_greedy_tokens_beyond_the_original_length(tmp_path: Path) -> None:
     hf.check_greedy(model, hf.generate(hf.load(tmp_path), 40))
 
 
+def test_rope_scaling_counts_before_rope_parameters(tmp_path: Path) -> None:
+    """A recipe that somebody added to a config of transformers 5."""
+    model = hf.make(tmp_path, "Qwen2", rope_parameters=YARN | {"rope_theta": 5000.0})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rope_scaling": YARN}
+    path.write_text(json.dumps(config))
+    tokens = np.random.default_rng(3).integers(0, hf.VOCAB, (1, 200)).tolist()
+    np.testing.assert_allclose(logits_of(tmp_path, tokens), hf.torch_logits(model, tokens), atol=3e-4, rtol=2e-4)
+
+
 def test_attn_factor_multiplies_yarns_own(tmp_path: Path) -> None:
     """vLLM: yarn_get_mscale(factor) · attn_factor; transformers gets the product as its attention_factor."""
     own = 0.1 * np.log(4.0) + 1.0
