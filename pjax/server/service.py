@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from pjax.outputs import RequestOutput
 from pjax.server.answers import dumps
 from pjax.server.bridge import Bridge, Generation, Params, while_connected
-from pjax.server.errors import as_api_error
+from pjax.server.errors import as_api_error, invalid
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import Sampling
@@ -45,7 +45,15 @@ class Service:
 
     def start(self, body: Sampling, prompts: Sequence[Sequence[int]], params: Params, answer_id: str) -> Generation:
         """Puts prompts into the engine."""
-        return self.bridge.start(prompts, params, answer_id, {"cache_salt": body.cache_salt, "priority": body.priority})
+        options = {"cache_salt": body.cache_salt, "priority": self._priority(body.priority)}
+        return self.bridge.start(prompts, params, answer_id, options)
+
+    def _priority(self, asked: int) -> int:
+        """What the engine gets: 0 unless the operator lets clients choose."""
+        most = self.config.max_client_priority
+        if most and abs(asked) > most:
+            raise invalid("priority", f"priority is {asked}, but must be in [{-most}, {most}]")
+        return asked if most else 0
 
 
 def new_id(kind: str) -> str:
@@ -93,7 +101,7 @@ async def finish(request: Request, generation: Generation) -> list[RequestOutput
 async def stream(
     request: Request, service: Service, generation: Generation, chunks: AsyncIterator[Mapping[str, Any]]
 ) -> EventSourceResponse:
-    """A stream of chunks. What is refused before the first output is an error of HTTP, not one within a stream."""
+    """A stream of chunks, which begins when the engine has queued all prompts. What is refused before that is an error of HTTP."""
     try:
         await while_connected(request, generation.ready())
     except BaseException:
@@ -115,7 +123,13 @@ class _Events(EventSourceResponse):
     """However the stream ends, its requests end with it."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[dict[str, str]], config: ServerConfig) -> None:
-        super().__init__(events, ping=config.keep_alive_seconds, send_timeout=config.send_timeout, sep="\n")
+        super().__init__(
+            events,
+            ping=config.keep_alive_seconds,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            send_timeout=config.send_timeout,
+            sep="\n",
+        )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
