@@ -284,7 +284,7 @@ async def answer_all(llm: Any, config: Any, requests: Sequence[BatchRequest], fi
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
-            app.state.service.prompts.close()
+            app.state.service.close()
     os.fsync(file.fileno())
 
 

@@ -49,7 +49,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> 
             service.prompts.renderer.start()
         yield
         task.cancel()
-        service.prompts.close()
+        service.close()
 
     app = FastAPI(
         title="pjax",

@@ -11,6 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from pjax.server.errors import ApiError, validation_error
 
 SMALL = 32 << 10  # bytes of a body that is parsed on the event loop
-BYTES_PER_MARK = 8  # of the largest body, for each comma, bracket and string that a body may have
+BYTES_PER_MARK = 16  # of the largest body, for each comma, bracket and string that a body may have
 BYTES_PER_CONTAINER = 64  # of the largest body, for each list and object: these take the most memory for their text
 _MARKS = re.compile(rb'[\[{,]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
 NOT_JSON = "the body must be a JSON object, sent as Content-Type: application/json"
@@ -39,18 +40,14 @@ class BodyRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             raw = await request.body()
-            limit = request.app.state.service.config.max_body_bytes
-            body, names = await off_loop_if(len(raw) > SMALL, lambda: parse(raw, request.headers.get("content-type"), models, limit))
+            service = request.app.state.service
+            work = partial(parse, raw, request.headers.get("content-type"), models, service.config.max_body_bytes)
+            body, names = work() if len(raw) <= SMALL else await asyncio.get_running_loop().run_in_executor(service.large_bodies, work)
             request.scope["pjax.fields"] = names
             given = {"body": body} | ({"request": request} if "request" in hints else {})
             return typing.cast(Response, await call(**given))
 
         return handle
-
-
-async def off_loop_if(is_long: bool, work: Callable[[], Any]) -> Any:
-    """The result of some work, which runs in a thread if it is long."""
-    return await asyncio.to_thread(work) if is_long else work()
 
 
 def parse(raw: bytes, content_type: str | None, models: tuple[type[BaseModel], ...], max_bytes: int) -> tuple[BaseModel, frozenset[str]]:

@@ -88,8 +88,7 @@ class Prompts:
 
     async def of_chat(self, chat: Conversation, *, with_tools: bool = True, may_be_cut: bool = False) -> list[int]:
         """Token ids of a conversation."""
-        messages = [_plain(message) for message in chat.messages]
-        template, names = self._chat_of(chat, messages, with_tools)
+        messages, template, names = await self.run(0, self._chat_of, chat, with_tools)
         try:
             text = await self.renderer.render(template, names, None if may_be_cut else await self._max_chars())
         except TooLongError as error:
@@ -100,8 +99,9 @@ class Prompts:
             text = _continued(text, messages)
         return await self.encode(text, chat.add_special_tokens)
 
-    def _chat_of(self, chat: Conversation, messages: list[dict[str, Any]], with_tools: bool) -> tuple[str, dict[str, Any]]:
-        """(template, what it may name)."""
+    def _chat_of(self, chat: Conversation, with_tools: bool) -> tuple[list[dict[str, Any]], str, dict[str, Any]]:
+        """(messages as templates read them, template, what it may name)."""
+        messages = [_plain(message) for message in chat.messages]
         if chat.continue_final_message and chat.add_generation_prompt and "add_generation_prompt" in chat.model_fields_set:
             raise invalid("continue_final_message", "continue_final_message and add_generation_prompt can't both be true")
         variables = dict(chat.chat_template_kwargs or {})
@@ -116,7 +116,7 @@ class Prompts:
             variables["documents"] = chat.documents
         variables["add_generation_prompt"] = chat.add_generation_prompt and not chat.continue_final_message
         try:
-            return self.tokenizer.chat_of(messages, variables)
+            return (messages, *self.tokenizer.chat_of(messages, variables))
         except InvalidRequestError as error:
             raise invalid("messages", str(error)) from None
 

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -24,9 +24,11 @@ from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import Sampling
 from pjax.server.server_config import ServerConfig
+from pjax.server.threads import Unjoined
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pjax.server")
+NUM_BODY_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Service:
     bridge: Bridge
     prompts: Prompts
     metrics: ServerMetrics
+    large_bodies: Unjoined = field(default_factory=lambda: Unjoined(NUM_BODY_THREADS, thread_name_prefix="pjax-body"))
+    """Threads of their own, so that nobody's small request waits for them."""
+
+    def close(self) -> None:
+        """Ends the processes and threads that read and prepare requests; what they work on fails."""
+        self.prompts.close()
+        self.large_bodies.shutdown()
 
     @property
     def tokenizer(self) -> Tokenizer:
