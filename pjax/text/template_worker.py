@@ -21,6 +21,8 @@ MAX_ERROR = 500  # characters of an error that are passed on
 def main(seconds: float, max_bytes: int) -> None:
     """Answers until its input ends."""
     _limit_memory(max_bytes)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # both as the one who started this may have left them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     while line := sys.stdin.buffer.readline():
         signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever runs
         answer = json.dumps(_answer(line)).encode()
