@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -73,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser(next((word for word in arguments if not word.startswith("-")), "")).parse_args(arguments)
     try:
         _check_cpu_level(args.command)
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # what cannot be written is told here, not by the interpreter as it ends
+        return status
     except PjaxError as error:
         print(f"pjax {args.command}: {error}", file=sys.stderr)
         return 2
@@ -86,5 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:  # a full disk, a folder that is missing
+        print(f"pjax {args.command}: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """Writes what standard output still holds; where that fails, it goes nowhere, and the interpreter does not complain as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--range-ratio is {args.range_ratio}, but must be in [0, 1)")
     if (rate := getattr(args, "request_rate", None)) is not None and not rate > 0:
         raise ConfigError(f"--request-rate is {rate}, but must be > 0")
+    if args.json is not None:
+        with args.json.open("ab"):  # where it cannot be written, that is told before anything is measured
+            pass
     if args.kind == "serve":
         from pjax.cli.bench_serve import bench_serve
 

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         from pjax.text.chat_template import read_template
 
         template = read_template(Path(args.chat_template))
+    if args.profile is not None:
+        Path(args.profile).mkdir(parents=True, exist_ok=True)  # where it cannot be written, that is told before the model is loaded
     rows = min(len(prompts), 64) if args.max_num_seqs is None else args.max_num_seqs
     engine = open_engine(args, max_num_seqs=rows, seed=0)  # that compiles just what the prompts need
     ids = add_requests(engine, args, prompts, params, template)

@@ -162,11 +162,19 @@ class AsyncLLM:
         """A snapshot of the engine's figures."""
         return self.engine.stats()
 
+    def check_room(self, num_more: int = 0) -> None:
+        """QueueFullError when a request that comes now, and so many before it that are not in the engine yet, could not be queued."""
+        waiting = self.engine.num_beyond_rows(num_more)
+        if self.max_waiting is not None and waiting >= self.max_waiting:
+            raise QueueFullError(f"{waiting} requests wait already, and at most {self.max_waiting} may")
+
     async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | BeamSearchParams | None = None,
         request_id: str | None = None,
+        *,
+        on_accepted: Callable[[], None] | None = None,
         **request: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs as they come, each with all that there is so far; the last one is finished.
@@ -175,6 +183,7 @@ class AsyncLLM:
         that reads it, aborts the request.
 
         Args:
+          on_accepted: called in the event loop once the engine has queued the request, before its first output.
           request: what `LLMEngine.add_request` takes beside: cache_salt, …
 
         Raises InvalidRequestError for a bad request, QueueFullError when too many wait, RequestFailedError when steps with
@@ -189,6 +198,8 @@ class AsyncLLM:
             self._inbox.put(partial(self._admit, prepared, stream))
             sent = True
             await stream.result
+            if on_accepted is not None:
+                on_accepted()
             while not finished:
                 output = await stream.next()
                 finished = output.finished
@@ -392,9 +403,7 @@ class AsyncLLM:
     def _admit(self, prepared: Prepared, stream: _Stream) -> None:
         error: Exception | None = None
         try:
-            waiting = self.engine.num_waiting_without_row
-            if self.max_waiting is not None and waiting >= self.max_waiting:
-                raise QueueFullError(f"{waiting} requests wait already, and at most {self.max_waiting} may")
+            self.check_room()
             self._streams[self.engine.submit(prepared)] = stream
         except PjaxError as caught:
             error = caught

@@ -239,10 +239,9 @@ class LLMEngine:
         """Whether any request is waiting or running, or has an output that `step` has not returned yet."""
         return self.scheduler.has_work or bool(self._ready)
 
-    @property
-    def num_waiting_without_row(self) -> int:
-        """Requests that wait, beyond those for which the next step has a row."""
-        return max(self.scheduler.num_waiting - self.scheduler.table.num_free_rows, 0)
+    def num_beyond_rows(self, num_more: int = 0) -> int:
+        """Requests that wait, and so many more, beyond those for which the next step has a row. Any thread may ask."""
+        return max(self.scheduler.num_waiting + num_more - self.scheduler.table.num_free_rows, 0)
 
     @property
     def is_loading_or_compiling(self) -> bool:

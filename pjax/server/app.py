@@ -45,8 +45,11 @@ def create_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(log_throughput(llm))
+        if getattr(service.tokenizer, "chat_template", None):
+            service.prompts.renderer.start()
         yield
         task.cancel()
+        service.close()
 
     app = FastAPI(
         title="pjax",
@@ -57,6 +60,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, engine_label: str = "0") -> 
         responses={"4XX": {"model": ErrorAnswer, "description": "The request"}, "5XX": {"model": ErrorAnswer, "description": "The server"}},
     )
     app.state.service = service
+    service.bridge.on_end.append(service.prompts.renderer.close)
     errors.install(app)
     for part in (completions, chat_completions, tokenization):
         app.include_router(part.router(service))

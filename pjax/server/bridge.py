@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -37,6 +38,9 @@ class Bridge:
         self.request_timeout = request_timeout
         self.draining = False
         self._deadlines: set[asyncio.Timeout] = set()
+        self._num_preparing = 0
+        self.on_end: list[Callable[[], None]] = []
+        """Called by `end_all`."""
 
     @property
     def num_unfinished(self) -> int:
@@ -55,10 +59,27 @@ class Bridge:
         self.draining = True
 
     def end_all(self) -> None:
-        """Aborts every request, each of which tells its client so."""
+        """Aborts every request, also those whose chat template renders, each of which tells its client so."""
         self.draining = True
-        for deadline in self._deadlines:
-            deadline.reschedule(asyncio.get_running_loop().time())
+        for deadline in list(self._deadlines):
+            if not deadline.expired():  # one that expires just now cannot be changed, and ends its request anyway
+                deadline.reschedule(asyncio.get_running_loop().time())
+        for call in self.on_end:
+            call()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Counts a request while its prompts become tokens.
+
+        Raises QueueFullError when more wait and are prepared than may wait, so that no work is done for a request that is refused.
+        """
+        self.check_open()
+        self.llm.check_room(self._num_preparing)
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
 
     def start(self, prompts: Sequence[Sequence[int]], params: Params, request_id: str, options: Mapping[str, Any]) -> Generation:
         """Puts prompts into the engine; the caller must close what it gets."""
@@ -109,13 +130,22 @@ class Generation:
         self._news = asyncio.Event()
         self._error: Exception | None = None
         self._num_open = len(prompts)
-        self._tasks = [
-            asyncio.create_task(bridge.read(index, bridge.llm.generate(prompt, params, f"{request_id}-{index}", **options), self))
-            for index, prompt in enumerate(prompts)
-        ]
+        self._accepted: set[int] = set()
+        self._tasks = [asyncio.create_task(self._read(bridge, index, prompt, params, options)) for index, prompt in enumerate(prompts)]
+
+    async def _read(self, bridge: Bridge, index: int, prompt: Sequence[int], params: Params, options: Mapping[str, Any]) -> None:
+        accept = partial(self.accept, index)
+        outputs = bridge.llm.generate(list(prompt), params, f"{self.request_id}-{index}", on_accepted=accept, **options)
+        await bridge.read(index, outputs, self)
+
+    def accept(self, index: int) -> None:
+        """The engine has queued a prompt."""
+        self._accepted.add(index)
+        self._news.set()
 
     def put(self, index: int, output: RequestOutput) -> None:
         """A prompt has a newer output."""
+        self._accepted.add(index)
         self._latest.pop(index, None)
         self._latest[index] = output
         self._news.set()
@@ -143,8 +173,8 @@ class Generation:
             await self._news.wait()
 
     async def ready(self) -> None:
-        """Waits until every prompt has an output, and so none can be refused any more; raises what one failed of."""
-        while self._error is None and len(self._latest) < len(self._tasks) and self._num_open:
+        """Waits until every prompt is queued, and so none can be refused any more; raises what one failed of."""
+        while self._error is None and len(self._accepted) < len(self._tasks) and self._num_open:
             self._news.clear()
             await self._news.wait()
         if self._error is not None:

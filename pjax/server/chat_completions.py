@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from pjax.outputs import CompletionOutput, RequestOutput
 from pjax.server.answers import Cursor, Logprobs, chat_logprobs, prompt_logprobs, usage
+from pjax.server.bodies import BodyRoute
 from pjax.server.bridge import Generation
 from pjax.server.errors import invalid
 from pjax.server.sampling import sampling_params
@@ -21,7 +22,7 @@ from pjax.server.tools import Call, ToolReader, has_special_marker, parser_for
 
 def router(service: Service) -> APIRouter:
     """The endpoint."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=BodyRoute)
 
     @routes.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -65,7 +66,9 @@ class _Chat:
 
     async def answer(self, request: Request) -> Response:
         note(request, self.body, self.id)
-        ids = await self.service.prompts.of_chat(self.body, with_tools=self.parser is not None)
+        may_be_cut = self.body.truncate_prompt_tokens is not None
+        with self.service.bridge.preparing():
+            ids = await self.service.prompts.of_chat(self.body, with_tools=self.parser is not None, may_be_cut=may_be_cut)
         ids = self.service.prompts.truncate(ids, self.body.truncate_prompt_tokens, self.max_tokens)
         self.service.prompts.check(ids, self.max_tokens, "messages")
         generation = self.service.start(self.body, [ids], self.params, self.id)

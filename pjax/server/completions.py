@@ -11,6 +11,7 @@ from starlette.responses import Response
 from pjax.outputs import CompletionOutput, RequestOutput
 from pjax.params import BeamSearchParams
 from pjax.server.answers import Cursor, Logprobs, completion_logprobs, prompt_logprobs, usage
+from pjax.server.bodies import BodyRoute
 from pjax.server.bridge import Generation
 from pjax.server.errors import invalid
 from pjax.server.sampling import sampling_params
@@ -22,7 +23,7 @@ Prompt = tuple[str | None, list[int]]
 
 def router(service: Service) -> APIRouter:
     """The endpoint."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=BodyRoute)
 
     @routes.post("/v1/completions")
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -58,7 +59,8 @@ class _Completion:
 
     async def answer(self, request: Request) -> Response:
         note(request, self.body, self.id)
-        prompts = await self._prompts()
+        with self.service.bridge.preparing():
+            prompts = await self._prompts()
         generation = self.service.start(self.body, [ids for _, ids in prompts], self.params, self.id)
         if self.body.stream:
             return await stream(request, self.service, generation, self._chunks(request, generation, prompts))
@@ -71,7 +73,8 @@ class _Completion:
         return json_response(self._wrapped(choices, usage(outputs, generated=not self.scores_only)))
 
     async def _prompts(self) -> list[Prompt]:
-        prompts = await self.service.prompts.of_completion(self.body.prompt, self.body.add_special_tokens)
+        may_be_cut = self.body.truncate_prompt_tokens is not None
+        prompts = await self.service.prompts.of_completion(self.body.prompt, self.body.add_special_tokens, may_be_cut=may_be_cut)
         wanted = self.body.max_tokens if "max_tokens" in self.body.model_fields_set else None
         cut: list[Prompt] = []
         for text, ids in prompts:

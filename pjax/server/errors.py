@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -20,6 +19,9 @@ log = logging.getLogger("pjax.server")
 RETRY_AFTER = 1  # seconds
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 _FIELD = re.compile(r"[a-z][a-z_]*")
+UNKNOWN_FIELD = "unknown_field"  # pydantic's name for our error
+SENT_AS = {"max_tokens": ("max_completion_tokens",), "prompt": ("messages",), "beam_width": ("best_of", "n")}
+"""Names of parameters in the engine -> fields that requests set them by."""
 
 
 class ApiError(Exception):
@@ -37,6 +39,7 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(message)
+        self.is_named = True  # `param` was named where the request is checked, not read out of a message
         self.status = status
         self.message = message
         self.param = param
@@ -66,9 +69,23 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the engine has died; the server is ending")
     if isinstance(error, InvalidRequestError | UnsupportedError):
         found = _FIELD.match(str(error))
-        return ApiError(400, str(error), param=found.group() if found else None)
+        told = ApiError(400, str(error), param=found.group() if found else None)
+        told.is_named = False
+        return told
     log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed to answer this request; its log has more")
+
+
+def named_as_sent(error: ApiError, sent: Collection[str] | None) -> ApiError:
+    """The error with `param` as the request called the field, or None where it sent none of that name.
+
+    Args:
+      sent: names of the body's fields; None when there is no valid body.
+    """
+    if sent is None or error.param is None or error.param in sent or error.status != 400:
+        return error
+    error.param = next((name for name in SENT_AS.get(error.param, ()) if name in sent), error.param if error.is_named else None)
+    return error
 
 
 def as_response(error: ApiError) -> Response:
@@ -76,24 +93,47 @@ def as_response(error: ApiError) -> Response:
     return Response(json.dumps(error.body()), error.status, error.headers, media_type="application/json")
 
 
-def _of_validation(errors: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]) -> ApiError:
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    path = [str(part) for part in first["loc"][1:]]
-    if not path:
-        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
+def validation_error(errors: Sequence[Mapping[str, Any]], fields: Mapping[str, Any], value: Any) -> ApiError:
+    """What is wrong with a body, in one sentence.
+
+    Args:
+      errors: pydantic's, at least one; those of one union have its members in their places.
+      fields: the model's.
+      value: the body that was validated.
+    """
+    name = str(errors[0]["loc"][0]) if errors[0]["loc"] else None
+    own = [error for error in errors if error["loc"][:1] == (name,)] or list(errors)
+    # A union's members fail each for its own reason: one that looked into the value tells more than one that wants another type.
+    first = next((error for error in own if not _is_of_type(error)), own[0])
+    if first["type"] == UNKNOWN_FIELD:
+        unknown = str(first["ctx"]["name"])
+        path = [*_path(first["loc"], value), unknown]
+        return invalid(path[0], f"{'.'.join(path):.200} is no field that pjax applies")
+    path = _path(first["loc"], value) or [name or "body"]
     name = path[0]
-    description = getattr(fields.get(name), "description", None)
-    several = len({tuple(error["loc"]) for error in errors if list(map(str, error["loc"][1:2])) == [name]}) > 1
-    if first["type"] == "extra_forbidden":
-        where = ".".join(path)
-        return invalid(name, f"{where} is no field that pjax applies")
     if first["type"] == "missing":
         return invalid(name, f"{'.'.join(path)} is missing")
-    if description and several:
+    description = getattr(fields.get(name), "description", None)
+    if description and len(own) > 1 and _is_of_type(first):
         return invalid(name, f"{name} must be {description}")
     return invalid(name, f"{'.'.join(path)} is {_short(first.get('input'))}: {first['msg']}")
+
+
+def _is_of_type(error: Mapping[str, Any]) -> bool:
+    return str(error["type"]).endswith(("_type", "literal_error"))
+
+
+def _path(places: Sequence[str | int], value: Any) -> list[str]:
+    """An error's place in the value itself, without the names of union members that pydantic puts between."""
+    path: list[str] = []
+    for index, place in enumerate(places):
+        is_key = isinstance(value, Mapping) and place in value
+        if is_key or (isinstance(value, list) and isinstance(place, int) and place < len(value)):
+            value = value[place]
+        elif not (index == len(places) - 1 and isinstance(value, Mapping)):  # else a field that is missing
+            continue
+        path.append(str(place)[:100])
+    return path
 
 
 def _short(value: Any) -> str:
@@ -106,10 +146,6 @@ def _short(value: Any) -> str:
 def install(app: FastAPI) -> None:
     """Gives every error of the app OpenAI's shape."""
 
-    async def on_validation(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return as_response(_of_validation(error.errors(), _fields_of(request)))
-
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = {
@@ -120,15 +156,8 @@ def install(app: FastAPI) -> None:
         return as_response(ApiError(error.status_code, what.get(error.status_code, str(error.detail)), headers=error.headers))
 
     async def on_any(request: Request, error: Exception) -> Response:
-        return as_response(as_api_error(error))
+        return as_response(named_as_sent(as_api_error(error), request.scope.get("pjax.fields")))
 
-    app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
     for kind in (ApiError, QueueFullError, EngineDeadError, InvalidRequestError, UnsupportedError):
         app.add_exception_handler(kind, on_any)
-
-
-def _fields_of(request: Request) -> Mapping[str, Any]:
-    body = getattr(request.scope.get("route"), "body_field", None)
-    annotation = getattr(getattr(body, "field_info", None), "annotation", None)
-    return getattr(annotation, "model_fields", {})

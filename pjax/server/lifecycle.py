@@ -8,8 +8,8 @@ import logging
 import secrets
 import signal
 import socket
+import ssl
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
 
@@ -23,12 +23,15 @@ from pjax.errors import ConfigError
 from pjax.hosts import find_place
 from pjax.server.app import create_app
 from pjax.server.bridge import Bridge
+from pjax.server.connections import protocol
 from pjax.server.logs import set_up
 from pjax.server.server_config import ServerConfig
+from pjax.server.threads import Unjoined
 from pjax.text.chat_template import read_template
 
 log = logging.getLogger("pjax.server")
 
+BACKLOG = 2048  # connections that wait until they are accepted; those that come while the model is loaded wait for it
 WATCH = 0.25  # seconds between two looks at the engine
 LATE = 5.0  # seconds that requests get to say that they were cut off
 
@@ -37,6 +40,7 @@ def serve(config: ServerConfig) -> int:
     """Serves until it is told to end; see `pjax.server.run`. Ends the process itself when the engine's thread does not end."""
     set_up(config.log_level, config.log_format)
     config = with_template(config)
+    check_certificate(config)
     if (place := find_place(config.engine)) is not None and place.rank > 0:
         open_engine(config)  # runs what rank 0 says and ends the process with it: it takes no port and answers nobody
     config = with_seed(config)
@@ -51,6 +55,21 @@ def serve(config: ServerConfig) -> int:
 def with_template(config: ServerConfig) -> ServerConfig:
     """The settings with their chat template's text instead of its file, before a model is loaded in vain."""
     return config if config.chat_template is None else replace(config, chat_template=read_template(config.chat_template))
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """ConfigError when the certificate and its key cannot be used together, before a model is loaded in vain."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=_no_password)
+    except (OSError, ValueError) as error:
+        files = f"ssl_certfile {config.ssl_certfile!r} and ssl_keyfile {config.ssl_keyfile or config.ssl_certfile!r}"
+        raise ConfigError(f"{files} can't be used: {error}") from error
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password, but must have none")
 
 
 def with_seed(config: ServerConfig) -> ServerConfig:
@@ -105,6 +124,7 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(BACKLOG)  # else another server could take the port too, and one of the two would get no connection
         except OSError:
             listener.close()
             raise
@@ -118,11 +138,12 @@ def uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
     """uvicorn's settings; the log of requests is ours."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=protocol(config.header_timeout),
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=2048,
+        backlog=BACKLOG,
         ws="none",
         timeout_keep_alive=max(int(config.keep_alive_seconds), 5),
         timeout_graceful_shutdown=int(config.drain_seconds + LATE) + 1,
@@ -130,13 +151,6 @@ def uvicorn_config(app: object, config: ServerConfig) -> uvicorn.Config:
         ssl_keyfile=config.ssl_keyfile,
         root_path=config.root_path,
     )
-
-
-class _Unjoined(ThreadPoolExecutor):
-    """The event loop's threads, in which prompts become tokens; the loop's end does not wait for them."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait=False, cancel_futures=True)
 
 
 class Server(uvicorn.Server):
@@ -155,7 +169,7 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Until a signal comes or the engine dies."""
-        asyncio.get_running_loop().set_default_executor(_Unjoined(thread_name_prefix="pjax-server"))
+        asyncio.get_running_loop().set_default_executor(Unjoined(thread_name_prefix="pjax-server"))
         watch = asyncio.create_task(self._watch())
         try:
             await super().main_loop()

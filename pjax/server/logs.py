@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from typing import Any
 
@@ -12,6 +13,9 @@ from pjax.engine import AsyncLLM, EngineStats
 
 log = logging.getLogger("pjax.server")
 INTERVAL = 10.0  # seconds between two lines of throughput
+
+
+_CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]|[\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class JsonFormatter(logging.Formatter):
@@ -32,7 +36,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; the fields follow the message."""
+    """A line for people; the fields follow the message.
+
+    Control characters are shown as escapes, and the lines of a traceback after its first are indented: whatever a message quotes, no line
+    begins as an entry of the log does.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
@@ -41,10 +49,11 @@ class TextFormatter(logging.Formatter):
         """The line."""
         fields = getattr(record, "fields", None)
         line = super().format(record)
-        return f"{line} {' '.join(f'{name}={_quoted(value)}' for name, value in fields.items())}" if fields else line
+        line = _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), line).replace("\n", "\n    ")
+        return f"{line} {' '.join(f'{name}={quoted(value)}' for name, value in fields.items())}" if fields else line
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value on one line: what a client sent can't begin a line of its own."""
     text = str(value)
     return text if text and all(c.isalnum() or c in "-_.:/,+" for c in text) and text.isascii() else json.dumps(text)
@@ -65,7 +74,7 @@ def set_up(level: str, form: str) -> None:
 
 def log_request(method: str, path: str, status: int, fields: dict[str, Any]) -> None:
     """One request's line."""
-    log.info("%s %s %d", method, path, status, extra={"fields": fields})
+    log.info("%s %s %d", quoted(method), quoted(path), status, extra={"fields": fields})
 
 
 async def log_throughput(llm: AsyncLLM, interval: float = INTERVAL) -> None:

@@ -49,7 +49,9 @@ def sampling_params(body: Sampling, config: ServerConfig, *, max_tokens: int | N
     if given.get("best_of") == given.get("n"):
         given.pop("best_of", None)
     if body.logit_bias:
-        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+        given["logit_bias"] = biases = {int(token): bias for token, bias in body.logit_bias.items()}
+        if len(biases) < len(body.logit_bias):
+            raise invalid("logit_bias", "logit_bias has a token id twice, spelt in two ways")
     return SamplingParams(max_tokens=max_tokens, **given)
 
 

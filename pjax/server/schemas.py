@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from pjax.params import MAX_LOGPROBS, MAX_N, MAX_SEED, MAX_STOP_STRINGS
+from pjax.server.errors import UNKNOWN_FIELD
 
+MAX_BAD_WORDS = 256
+MAX_BIASED = 1024  # as OpenAI; `pjax.params` has the same bound
+MAX_TOKEN_IDS = 1 << 20  # of one list; the model's length bounds prompts further
+MAX_MESSAGES = 16_384
+MAX_TOOLS = 1024
+T = TypeVar("T")
+# Lists end at their first wrong item, and their length is checked before their items are: a hostile body makes few errors.
+Items = Annotated[list[T], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _few(value: Any) -> Any:
+    """Refuses a mapping that is too long before each of its keys can make an error."""
+    if isinstance(value, dict) and len(value) > MAX_BIASED:
+        raise PydanticCustomError("too_long", "it must have at most {most} tokens", {"most": MAX_BIASED})
+    return value
 
 
 class Strict(BaseModel):
     """No unknown field, no conversion of types, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, value: Any) -> Any:
+        """One error for the first unknown field, where pydantic would make one for each."""
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": name[:100].encode("utf-8", "replace").decode()})
+        return value
 
 
 class StreamOptions(Strict):
@@ -38,10 +65,15 @@ class Sampling(Strict):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None = Field(None, description="a text or a list of texts")
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
+        None, description="a text or a list of texts"
+    )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few)]
+        | None
+    ) = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="stands in the request's line of the log")
@@ -52,8 +84,8 @@ class Sampling(Strict):
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
-    stop_token_ids: list[TokenId] | None = None
-    bad_words: list[Text] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     allowed_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -72,7 +104,7 @@ class Sampling(Strict):
 class CompletionRequest(Sampling):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="a text, token ids, or a list of either")
+    prompt: str | Items[str] | TokenIds | Items[TokenIds] = Field(description="a text, token ids, or a list of either")
     max_tokens: int | None = Field(16, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False
@@ -123,13 +155,13 @@ class Message(Strict):
     """One message of a conversation. The fields that may only be null are those of OpenAI's own answers."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = Field(None, description="a text, a list of parts of type text, or null")
+    content: str | Items[TextPart] | None = Field(None, description="a text, a list of parts of type text, or null")
     name: Name | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -143,12 +175,12 @@ class ResponseFormat(Strict):
 class Conversation(Strict):
     """Fields that decide how messages become a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    documents: list[dict[str, Any]] | None = None
+    documents: Items[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -165,7 +197,7 @@ class ChatRequest(Sampling, Conversation):
     echo: bool | None = False
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=0)
+    metadata: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class TokenizeText(Strict):
@@ -203,4 +235,4 @@ class DetokenizeRequest(Strict):
     """Body of /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]

@@ -56,6 +56,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":  # answered as GET is; uvicorn, which has the scope as it was, leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -85,7 +88,7 @@ class Gate:
         finally:
             if not self._config.disable_log_requests and path not in QUIET:
                 fields: dict[str, Any] = {"request_id": request_id, "seconds": round(time.monotonic() - started, 4)}
-                log_request(scope["method"], path, status, fields | scope.get("pjax.note", {}))
+                log_request(method, path, status, fields | scope.get("pjax.note", {}))
 
 
 class _Body:

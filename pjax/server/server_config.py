@@ -13,6 +13,7 @@ from pjax.errors import ConfigError
 TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOG_FORMATS = ("text", "json")
+MAX_CLIENT_PRIORITY = 2**31 - 1
 _ORIGIN = re.compile(r"https?://[^/\s*?#]+")
 
 
@@ -55,10 +56,15 @@ class ServerConfig:
     """Most prompts in one request."""
     max_n: int = 128
     """Most sequences of one prompt, `best_of` and beams too."""
+    max_client_priority: int = 0
+    """Largest priority, and smallest negative one, that a request may ask for in its field `priority`; 0 ignores the field, so that no
+    client overtakes the others."""
     max_stop_length: int = 256
     """Most characters of one stop string; `pjax.params` bounds their number."""
     request_timeout: float = 3600.0
     """Seconds until a request is aborted and answered with 504."""
+    header_timeout: float = 10.0
+    """Seconds in which a request's line and headers must have come, from the connection's start or from their first byte on."""
     body_timeout: float = 30.0
     """Seconds in which a request's body must have come."""
     send_timeout: float = 60.0
@@ -91,11 +97,13 @@ class ServerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= 1")
+        if not isinstance(self.max_client_priority, int) or not 0 <= self.max_client_priority <= MAX_CLIENT_PRIORITY:
+            raise ConfigError(f"max_client_priority is {self.max_client_priority!r}, but must be an integer in [0, {MAX_CLIENT_PRIORITY}]")
         if not isinstance(self.port, int) or isinstance(self.port, bool) or not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port!r}, but must be an integer in [0, 65535]")
 
     def _check_times(self) -> None:
-        for name in ("request_timeout", "body_timeout", "send_timeout", "keep_alive_seconds", "drain_seconds"):
+        for name in ("request_timeout", "header_timeout", "body_timeout", "send_timeout", "keep_alive_seconds", "drain_seconds"):
             value = getattr(self, name)
             above = name not in ("keep_alive_seconds", "drain_seconds")
             if not is_number(value) or not 0 <= value <= 1e9 or (above and value == 0):

@@ -6,11 +6,11 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,14 +19,16 @@ from starlette.types import Receive, Scope, Send
 from pjax.outputs import RequestOutput
 from pjax.server.answers import dumps
 from pjax.server.bridge import Bridge, Generation, Params, while_connected
-from pjax.server.errors import as_api_error
+from pjax.server.errors import as_api_error, invalid
 from pjax.server.metrics import ServerMetrics
 from pjax.server.prompts import Prompts
 from pjax.server.schemas import Sampling
 from pjax.server.server_config import ServerConfig
+from pjax.server.threads import Unjoined
 from pjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("pjax.server")
+NUM_BODY_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Service:
     bridge: Bridge
     prompts: Prompts
     metrics: ServerMetrics
+    large_bodies: Unjoined = field(default_factory=lambda: Unjoined(NUM_BODY_THREADS, thread_name_prefix="pjax-body"))
+    """Threads of their own, so that nobody's small request waits for them."""
+
+    def close(self) -> None:
+        """Ends the processes and threads that read and prepare requests; what they work on fails."""
+        self.prompts.close()
+        self.large_bodies.shutdown()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -45,7 +54,15 @@ class Service:
 
     def start(self, body: Sampling, prompts: Sequence[Sequence[int]], params: Params, answer_id: str) -> Generation:
         """Puts prompts into the engine."""
-        return self.bridge.start(prompts, params, answer_id, {"cache_salt": body.cache_salt, "priority": body.priority})
+        options = {"cache_salt": body.cache_salt, "priority": self._priority(body.priority)}
+        return self.bridge.start(prompts, params, answer_id, options)
+
+    def _priority(self, asked: int) -> int:
+        """What the engine gets: 0 unless the operator lets clients choose."""
+        most = self.config.max_client_priority
+        if most and abs(asked) > most:
+            raise invalid("priority", f"priority is {asked}, but must be in [{-most}, {most}]")
+        return asked if most else 0
 
 
 def new_id(kind: str) -> str:
@@ -93,7 +110,7 @@ async def finish(request: Request, generation: Generation) -> list[RequestOutput
 async def stream(
     request: Request, service: Service, generation: Generation, chunks: AsyncIterator[Mapping[str, Any]]
 ) -> EventSourceResponse:
-    """A stream of chunks. What is refused before the first output is an error of HTTP, not one within a stream."""
+    """A stream of chunks, which begins when the engine has queued all prompts. What is refused before that is an error of HTTP."""
     try:
         await while_connected(request, generation.ready())
     except BaseException:
@@ -115,7 +132,13 @@ class _Events(EventSourceResponse):
     """However the stream ends, its requests end with it."""
 
     def __init__(self, generation: Generation, events: AsyncIterator[dict[str, str]], config: ServerConfig) -> None:
-        super().__init__(events, ping=config.keep_alive_seconds, send_timeout=config.send_timeout, sep="\n")
+        super().__init__(
+            events,
+            ping=config.keep_alive_seconds,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            send_timeout=config.send_timeout,
+            sep="\n",
+        )
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pjax.text.added_tokens import add_stated_tokens, named_special_tokens, othe
 from pjax.text.chat_template import render
 
 log = logging.getLogger(__name__)
+LONG_TEXT = 4096  # characters or tokens, from which on other threads must not wait
 
 
 class Tokenizer:
@@ -36,10 +38,15 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Ids are in [0, vocab_size)."""
         return max(int(self.backend.get_vocab_size(with_added_tokens=True)), 1 + max(self.special_ids, default=-1))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token as the vocabulary spells it, which bounds those of the text that a token stands for."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -63,16 +70,22 @@ class Tokenizer:
         Special tokens that the text spells out become their ids. Raises InvalidRequestError when it is no Unicode text.
         """
         try:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < LONG_TEXT:
+                return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # For batches, tokenizers lets other threads run meanwhile.
+            return list(self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except (UnicodeError, TypeError) as error:  # lone surrogates, or not a str
             raise InvalidRequestError(f"prompt is {text!r:.80}, but must be a str that UTF-8 can encode: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) < LONG_TEXT:
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return str(self.backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
 
     def apply_chat_template(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         *,
@@ -85,18 +98,23 @@ class Tokenizer:
           chat_template: a template's text to use instead of the model's own.
           variables: what the template may name beside the messages and special tokens.
         """
+        template, names = self.chat_of(messages, variables | {"add_generation_prompt": add_generation_prompt}, chat_template)
+        try:
+            return render(template, names)
+        except Exception as error:  # the template is code: given a message that it does not expect, it raises anything
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+
+    def chat_of(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], chat_template: str | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """(template, all that it may name) of a conversation; see `apply_chat_template`, which renders it."""
         template = self.chat_template if chat_template is None else chat_template
         if template is None:
             raise InvalidRequestError("this model has no chat template: give one (chat_template, --chat-template)")
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(f"message {index} is {message!r}, but must be a mapping with a role")
-        names = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        try:
-            return render(template, names)
-        except Exception as error:  # the template is code: given a message that it does not expect, it raises anything
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+        return template, {"tools": None, "documents": None, **self.special_tokens, **variables, "messages": list(messages)}
 
 
 def load_folder_tokenizer(path: Path) -> Tokenizer:

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from pjax import LLM, AsyncLLM, SamplingParams, cli
 from pjax.cli.chat import Chat
-from pjax.cli.run_batch import read_answers
 from tests.server.common import OPTIONS, Running, start
 from tests.tiny import write_model
 
@@ -130,57 +129,6 @@ def test_commands_of_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert chat.take("/load /nowhere")
     assert "is no conversation" in capsys.readouterr().err
     assert not chat.take("/exit")
-
-
-def as_jsonl(*records: dict[str, Any]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def request(name: str, prompt: str = "abc", **body: Any) -> dict[str, Any]:
-    body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0} | body
-    return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}
-
-
-def test_a_batch_goes_on_where_it_was_interrupted(pjax: Run, model: Path, llm: LLM, tmp_path: Path) -> None:
-    source, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    chat = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}]}}
-    chat["body"] |= {"max_tokens": 4, "temperature": 0}
-    source.write_text(as_jsonl(request("a"), request("b", "bcd"), chat, request("bad", top_p=7)))
-    answers.write_text(as_jsonl({"custom_id": "a", "response": "from before"}) + '{"custom_id": "b", "resp')
-    arguments = ("run-batch", "-i", str(source), "-o", str(answers), "--model", str(model), "--served-model-name", "m", *ENGINE)
-    status, _, err = pjax(*arguments)
-    assert (status, err.splitlines()[-1]) == (1, "2 requests answered, 1 failed, 1 were there already")
-    found = {record["custom_id"]: record for record in map(json.loads, answers.read_text().splitlines())}
-    assert next(iter(found)) == "a"
-    assert found["a"]["response"] == "from before"
-    params = SamplingParams(temperature=0, max_tokens=4)
-    expected = llm.generate(["bcd"], params, use_tqdm=False)[0].outputs[0].text
-    assert found["b"]["response"]["body"]["choices"][0]["text"] == expected
-    assert found["c"]["response"]["status_code"] == 200
-    assert found["bad"]["response"]["status_code"] == 400
-    assert "top_p" in found["bad"]["error"]["message"]
-    assert read_answers(answers) == {"a", "b", "c", "bad"}
-    before = answers.read_text()
-    assert pjax(*arguments)[0] == 0
-    assert answers.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "in.jsonl:2: no JSON"),
-        ('{"body": {}}', "in.jsonl:2: must be an object with a custom_id"),
-        (json.dumps(request("a")), "custom_id 'a' is there twice"),
-        (json.dumps(request("b") | {"url": "/v1/embeddings"}), "POST /v1/embeddings, but must be POST to one of"),
-        (json.dumps(request("b", stream=True)), "a batch has no streams"),
-    ],
-)
-def test_a_wrong_line_of_a_batch_is_told_before_anything_runs(pjax: Run, tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "in.jsonl").write_text(as_jsonl(request("a")) + line + "\n")
-    status, _, err = pjax("run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--model", "/nowhere")
-    assert status == 2
-    assert message in err
-    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_measurements_count_what_ran(pjax: Run, model: Path, server: Running, tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ class ScriptedLLM:
         self.params: list[Any] = []
         self.num_open = 0
 
+    def check_room(self, num_more: int = 0) -> None:
+        pass
+
     async def generate(self, prompt: list[int], params: Any, request_id: str, **options: Any) -> AsyncGenerator[RequestOutput, None]:
         self.prompts.append(self.engine.tokenizer.decode(prompt, skip_special_tokens=False))
         self.params.append(params)

@@ -176,15 +176,20 @@ def test_models(client: httpx2.Client) -> None:
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 
-def test_priority_is_passed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "passed"), [(0, 0), (5, -3)])
+def test_a_priority_is_passed_on_where_the_operator_lets_clients_choose(tmp_path: Path, most: int, passed: int) -> None:
     seen: list[dict[str, Any]] = []
 
     class Noting(ScriptedLLM):
         def generate(self, prompt: list[int], params: Any, request_id: str, **options: Any) -> Any:
-            seen.append(options)
+            seen.append({name: options[name] for name in ("cache_salt", "priority")})
             return super().generate(prompt, params, request_id, **options)
 
-    with start(Noting(tmp_path, "x")) as server:
+    with start(Noting(tmp_path, "x"), max_client_priority=most) as server:
         for more in ({}, {"priority": -3, "cache_salt": "s"}):
             httpx2.post(server.url + PATH, json={"prompt": "a"} | more).raise_for_status()
-    assert seen == [{"cache_salt": None, "priority": 0}, {"cache_salt": "s", "priority": -3}]
+        refused = httpx2.post(server.url + PATH, json={"prompt": "a", "priority": -(2**31)})
+        assert refused.status_code == (400 if most else 200)
+        assert not most or refused.json()["error"]["param"] == "priority"
+    assert seen[:2] == [{"cache_salt": None, "priority": 0}, {"cache_salt": "s", "priority": passed}]
+    assert all(abs(options["priority"]) <= most for options in seen)

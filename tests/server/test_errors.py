@@ -78,7 +78,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True, "stop": "x"}, "stop"),
     ({"use_beam_search": True, "seed": 1}, "seed"),
     ({"use_beam_search": True, "echo": True}, "echo"),
-    ({"use_beam_search": True, "n": 17}, "beam_width"),
+    ({"use_beam_search": True, "n": 17}, "n"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
 ]
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from pjax import LLM, AsyncLLM, ConfigError, EngineDeadError, SamplingParams
+from pjax import LLM, AsyncLLM, ConfigError, EngineDeadError, SamplingParams, cli
 from pjax.server import ServerConfig, lifecycle, run
 from pjax.server.lifecycle import bind, serve_llm
 from tests.server.common import OPTIONS, ScriptedLLM, metrics, start, wait_for
@@ -307,6 +307,113 @@ def test_requests_of_a_dead_engine_are_not_waited_for(tmp_path: Path, monkeypatc
         llm.is_running, llm.error = False, EngineDeadError("boom")
     thread.join(60)
     assert statuses == [1] and llm.num_open == 0
+
+
+def workers_of(server: subprocess.Popen[str]) -> list[int]:
+    """Processes that render the server's templates."""
+    children = [int(child) for path in Path(f"/proc/{server.pid}/task").glob("*/children") for child in path.read_text().split()]
+    return [child for child in children if b"template_worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def is_running(process_id: int) -> bool:
+    """Whether there is such a process that has not ended; nobody may have asked for its status yet."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_second_of_two_servers_on_one_port_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first one is still loading its model then, and gets the port's connections later."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first:
+        with pytest.raises(ConfigError, match=f"port {port} of '127.0.0.1' can't be taken: it is in use"):
+            bind("127.0.0.1", port)
+        assert cli.main(["serve", "/no/such/model", "--port", str(port)]) == 2
+        assert capsys.readouterr().err == f"pjax serve: port {port} of '127.0.0.1' can't be taken: it is in use\n"
+    bind("127.0.0.1", port).close()  # a port whose server has ended can be taken again
+
+
+@pytest.mark.parametrize("content", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_a_bad_certificate_is_named_before_the_model_is_loaded(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cert.pem").write_text(content)
+    assert cli.main(["serve", "/no/such/model", "--port", "0", "--ssl-certfile", str(tmp_path / "cert.pem")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"ssl_certfile '{tmp_path}/cert.pem' and ssl_keyfile" in told and "can't be used" in told
+
+
+def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+    files = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-days", "2", "-subj", "/CN=x"]
+    subprocess.run([*command, "-keyout", files["ssl_keyfile"], "-out", files["ssl_certfile"]], check=True, capture_output=True)
+    with pytest.raises(ConfigError, match="the key has a password, but must have none"):
+        run(ServerConfig(model="/no/such/model", port=0, **files))
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_sigterm_ends_in_time_whatever_renders_and_a_second_one_changes_nothing(folder: Path, num_signals: int) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    setting = "import pjax.server.templates as t; t.Renderer.__init__.__defaults__ = (3600.0,)"
+    statuses: list[int] = []
+    with process(folder, setting, drain_seconds=1, chat_template=endless) as (server, url):
+
+        def chat() -> None:
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            statuses.append(httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code)
+
+        threads = [threading.Thread(target=chat) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(workers_of(server)) == 2)
+        ended = workers_of(server)
+        assert health(url) == 200
+        for _ in range(num_signals):
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        for thread in threads:
+            thread.join(60)
+        assert server.stderr is not None and "Traceback" not in server.stderr.read()
+    assert statuses == [503] * 6
+    assert not any(is_running(worker) for worker in ended)
+
+
+def test_workers_end_with_a_server_that_is_killed(folder: Path) -> None:
+    with process(folder, chat_template="{{ 1 }}") as (server, url):
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        workers = workers_of(server)
+        server.kill()
+        assert server.wait(60) == -signal.SIGKILL
+        assert workers
+        wait_for(lambda: not any(is_running(worker) for worker in workers))
+
+
+def test_every_request_is_ended_though_one_expires_just_now(tmp_path: Path) -> None:
+    llm = ScriptedLLM(tmp_path, "x" * 2000, pause=0.01)
+    answers: list[int] = []
+    with start(llm, drain_seconds=0.1) as server:
+        bridge = server.server._bridge
+
+        class Expired:
+            def expired(self) -> bool:
+                return True
+
+            def reschedule(self, when: float) -> None:
+                raise RuntimeError("Cannot change state of expired Timeout")
+
+        def ask() -> None:
+            answers.append(httpx2.post(server.url + PATH, json={"prompt": "a"}, timeout=60).status_code)
+
+        bridge._deadlines.add(Expired())  # type: ignore[arg-type]
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: llm.num_open == 3)
+        server.stop()
+        for thread in threads:
+            thread.join(60)
+    assert answers == [503] * 3
 
 
 def test_what_is_wrong_is_told_before_the_model_is_loaded(folder: Path) -> None:

@@ -57,14 +57,13 @@ def error_of(response: httpx2.Response) -> str:
     return str(error["message"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_prompt_that_fails_at_once_is_answered_with_500(
-    client: httpx2.Client, poison: int, tokens: list[list[int]], stream: bool
-) -> None:
-    response = client.post(COMPLETIONS, json=GREEDY | {"prompt": [poison, 5], "stream": stream})
+def test_a_prompt_that_fails_at_once_is_answered_with_500(client: httpx2.Client, poison: int, tokens: list[list[int]]) -> None:
+    response = client.post(COMPLETIONS, json=GREEDY | {"prompt": [poison, 5]})
     assert error_of(response).startswith(f"no token 2 {MESSAGE}")
-    sampled = {"prompt": [poison, 5], "n": 2, "max_tokens": 4, "stream": stream}
+    sampled = {"prompt": [poison, 5], "n": 2, "max_tokens": 4}
     assert MESSAGE in error_of(client.post(COMPLETIONS, json=sampled))
+    [told] = chunks(client, COMPLETIONS, **GREEDY, prompt=[poison, 5])  # a stream has begun when the request is queued
+    assert told["error"]["type"] == "server_error" and told["error"]["message"].startswith(f"no token 2 {MESSAGE}")
     good = client.post(COMPLETIONS, json=GREEDY | {"prompt": OTHER, "return_token_ids": True})
     assert good.json()["choices"][0]["token_ids"] == tokens[1]
 
