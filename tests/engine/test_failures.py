@@ -239,7 +239,8 @@ def test_an_output_that_nobody_took_is_not_the_next_requests(llm: LLM) -> None:
     engine.add_request("hello", greedy(1), "a")
     with engine._recovery():
         engine._dispatch(engine._schedule())  # type: ignore[arg-type]
-        engine._end_oldest()
+        while engine.scheduler.steps:  # an earlier test may have left one, whose requests have ended
+            engine._end_oldest()
     output = engine.abort_request("a")
     assert output is not None and output.finished and len(output.outputs[0].token_ids) == 1
     assert engine.abort_request("a") is None and not engine.has_unfinished_requests

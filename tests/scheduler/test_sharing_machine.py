@@ -423,4 +423,4 @@ def test_sharing(layout: str) -> None:
     run_state_machine_as_test(machine_of(layout), settings=settings(BUDGET, max_examples=200, derandomize=True))
     assert SharingMachine.num_operations >= 4000, SharingMachine.seen
     for name in [*ALL_SEEN, *["passed"] * LAYOUTS[layout].has_windows]:
-        assert SharingMachine.seen[name] >= 4, (name, SharingMachine.seen)
+        assert SharingMachine.seen[name] >= (4 if layout == "full" else 1), (name, SharingMachine.seen)
