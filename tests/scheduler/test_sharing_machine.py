@@ -422,5 +422,7 @@ def test_sharing(layout: str) -> None:
     SharingMachine.num_operations, SharingMachine.seen = 0, Counter()
     run_state_machine_as_test(machine_of(layout), settings=settings(BUDGET, max_examples=200, derandomize=True))
     assert SharingMachine.num_operations >= 4000, SharingMachine.seen
-    for name in [*ALL_SEEN, *["passed"] * LAYOUTS[layout].has_windows]:
-        assert SharingMachine.seen[name] >= (4 if layout == "full" else 1), (name, SharingMachine.seen)
+    # Stopping one sample is rare among drawn events, and the same for all layouts.
+    names = set(ALL_SEEN) if layout == "full" else {*ALL_SEEN, "passed"} - {"stop"}
+    for name in sorted(names):
+        assert SharingMachine.seen[name] >= (1 if name == "stop" else 4), (name, SharingMachine.seen)
