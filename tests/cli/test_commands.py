@@ -14,21 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from pjax import LLM, AsyncLLM, SamplingParams, cli
 from pjax.cli.chat import Chat
+from tests.cli.common import ENGINE
 from tests.server.common import OPTIONS, Running, start
 from tests.tiny import write_model
 
-ENGINE = "--max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 32 --num-pages 64 --lazy".split()
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> LLM:
-    return LLM(model, **OPTIONS)
 
 
 @pytest.fixture(scope="module")

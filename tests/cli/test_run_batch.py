@@ -14,21 +14,9 @@ import pytest
 from pjax import LLM, AsyncLLM, SamplingParams, cli
 from pjax.cli import run_batch
 from pjax.cli.run_batch import Answers, read_answers, read_requests
-from tests.server.common import OPTIONS
-from tests.tiny import write_model
+from tests.cli.common import ENGINE
 
-ENGINE = "--max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 32 --num-pages 64 --lazy".split()
 CUT = '{"id": "batch_req_0123", "custom_id": "b", "resp'
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> LLM:
-    return LLM(model, **OPTIONS)
 
 
 class Batch:

@@ -9,25 +9,14 @@ import pytest
 
 from pjax.errors import UnsupportedError
 from pjax.kv_cache.layout import NULL_PAGE, KVCacheGroup, KVCacheLayout, KVCacheSpec, make_layout, specs_of
-from pjax.outputs import RequestMetrics
-from pjax.params import SamplingParams
 from pjax.scheduler import Request, Scheduler
+from tests.scheduler import common
 
 MIXED = KVCacheLayout((KVCacheGroup((0,)), KVCacheGroup((1,), 6)), 1, 1)
 
 
 def make_request(name: str, prompt: list[int], max_tokens: int = 20, priority: int = 0) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=prompt,
-        params=SamplingParams(),
-        max_tokens=max_tokens,
-        stop_token_ids=frozenset(),
-        eos_token_ids=frozenset(),
-        seed=0,
-        metrics=RequestMetrics(arrival_time=0.0),
-        priority=priority,
-    )
+    return common.make_request(name, prompt, max_tokens, priority=priority)
 
 
 def make_scheduler(layout: KVCacheLayout = MIXED, **changes: Any) -> Scheduler:

@@ -7,26 +7,15 @@ import pytest
 
 from pjax.kv_cache.page_pool import PagePool
 from pjax.kv_cache.prefix import page_keys
-from pjax.outputs import RequestMetrics
-from pjax.params import SamplingParams
 from pjax.scheduler import Request, Scheduler
+from tests.scheduler import common
 
 SIZES = {"num_pages": 64, "page_size": 4, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 Row = tuple[str, int, int, bool]  # request, start, count, whether it samples
 
 
 def make_request(name: str, prompt: list[int], max_tokens: int = 2, salt: str | None = None) -> Request:
-    return Request(
-        request_id=name,
-        prompt_token_ids=prompt,
-        params=SamplingParams(),
-        max_tokens=max_tokens,
-        stop_token_ids=frozenset(),
-        eos_token_ids=frozenset(),
-        seed=0,
-        metrics=RequestMetrics(arrival_time=0.0),
-        cache_salt=salt,
-    )
+    return common.make_request(name, prompt, max_tokens, cache_salt=salt)
 
 
 def step(scheduler: Scheduler, token: int = 9) -> list[Row]:
